@@ -1,0 +1,10 @@
+"""One transformer block behind text, vision and audio."""
+
+from mm.lazy import lazy
+
+__version__ = "0.1.0"
+
+__getattr__, __dir__, __all__ = lazy(__name__, {
+    "Transformer": "mm.transformer",
+    "InputError": "mm.errors",
+})

@@ -1,0 +1,79 @@
+"""One block: mixer, optional cross-attention and MLP on a residual stream, in each of the field's placements."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm import spec
+from mm.attention import CrossAttention, Scene, build_mixer
+from mm.mlp import Mlp
+from mm.norm import build_norm
+from mm.visibility import At
+
+
+class Block(nn.Module):
+    """x: (B, T, D) -> (B, T, D). `spec.Layer` says what each placement computes."""
+
+    def __init__(self, dim: int, layer: spec.Layer, memory_dim: int | None = None):
+        super().__init__()
+        self.layer = layer
+        self.mixer = build_mixer(dim, layer.mixer)
+        self.cross = CrossAttention(dim, memory_dim or dim, layer.cross) if layer.cross else None
+        self.mlp = Mlp(dim, layer.mlp) if layer.mlp else None
+        self.mixer_norm = build_norm(layer.norm if layer.mixer_norm else None, dim)
+        self.cross_norm = build_norm(layer.norm, dim) if layer.cross else None
+        self.mlp_norm = build_norm(layer.norm, dim) if layer.mlp and layer.placement != "parallel" else None
+        sandwich = layer.norm if layer.placement == "sandwich" else None
+        self.mixer_post_norm = build_norm(sandwich, dim)
+        self.cross_post_norm = build_norm(sandwich if layer.cross else None, dim)
+        self.mlp_post_norm = build_norm(sandwich if layer.mlp else None, dim)
+        self.mixer_scale, self.cross_scale, self.mlp_scale = (
+            nn.Parameter(torch.full((dim,), layer.layer_scale)) if here and layer.layer_scale is not None else None
+            for here in (True, layer.cross, layer.mlp))
+
+    def reset_parameters(self) -> None:
+        for scale in (self.mixer_scale, self.cross_scale, self.mlp_scale):
+            if scale is not None:
+                nn.init.constant_(scale, self.layer.layer_scale)
+
+    def forward(self, x: Tensor, scene: Scene, memory: Tensor | None = None, memory_at: At | None = None) -> Tensor:
+        if self.layer.placement.startswith("parallel"):
+            y = self.mixer_norm(x)
+            z = y if self.mlp_norm is None else self.mlp_norm(x)
+            return x + self.branch(self.mixer(y, scene), self.mixer_scale) + self.branch(self.mlp(z), self.mlp_scale)
+        x = self.add(x, lambda y: self.mixer(y, scene), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
+        if self.cross is not None:
+            x = self.add(x, lambda y: self.cross(y, scene.at, memory, memory_at), self.cross_norm, self.cross_post_norm,
+                         self.cross_scale)
+        if self.mlp is not None:
+            x = self.add(x, self.mlp, self.mlp_norm, self.mlp_post_norm, self.mlp_scale)
+        return x
+
+    def add(self, x: Tensor, f: Callable[[Tensor], Tensor], norm: nn.Module, post_norm: nn.Module,
+            scale: Tensor | None) -> Tensor:
+        """The residual stream plus one branch."""
+        match self.layer.placement:
+            case "pre":
+                return x + self.branch(f(norm(x)), scale)
+            case "post_branch":
+                return x + self.branch(norm(f(x)), scale)
+            case "sandwich":
+                return x + self.branch(post_norm(f(norm(x))), scale)
+            case "residual_post":
+                return norm(x + self.branch(f(x), scale))
+        raise AssertionError(self.layer.placement)
+
+    def branch(self, x: Tensor, scale: Tensor | None) -> Tensor:
+        """A branch's output before it is added: dropout, LayerScale, stochastic depth."""
+        if self.training and self.layer.dropout:
+            x = F.dropout(x, self.layer.dropout)
+        if scale is not None:
+            x = x * scale
+        if self.training and self.layer.drop_path:
+            keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.layer.drop_path
+            x = x * keep.to(x.dtype) / (1 - self.layer.drop_path)
+        return x

@@ -1,0 +1,61 @@
+"""What one attention call asks for, checked once and handed to whichever path computes it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+
+from torch import Tensor
+
+from mm.errors import InputError
+from mm.rope import Turn
+from mm.spec import Sight
+from mm.visibility import At, visible
+
+Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
+
+
+@dataclass(frozen=True)
+class Problem:
+    q_at: At
+    k_at: At
+    sight: Sight
+    scale: float
+    q_turn: Turn | None = None
+    k_turn: Turn | None = None
+    bias: Bias | None = None
+    sinks: Tensor | None = None
+    softcap: float = 0.0
+    dropout: float = 0.0
+
+    def visible(self) -> Tensor:
+        """(B, T, S) bool."""
+        return visible(self.q_at, self.k_at, self.sight)
+
+    def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
+        """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
+        return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None)
+
+    @property
+    def aligned(self) -> bool:
+        """Queries and keys are the same plain run 0..T-1, known without reading a tensor."""
+        return self.q_at.regular and self.k_at.regular and self.q_at.position.shape == self.k_at.position.shape
+
+
+def check(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> None:
+    """Shapes and dtypes of a call; raises `InputError`, never reads values."""
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if x.ndim != 4:
+            raise InputError(f"attend: {name} must be (B, H, T, E), not of shape {tuple(x.shape)}")
+    (b, h, t, e), (bk, kv, s, ek) = q.shape, k.shape
+    if b != bk or v.shape[:3] != k.shape[:3]:
+        raise InputError(f"attend: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
+    if e != ek:
+        raise InputError(f"attend: queries are {e} wide and keys {ek}")
+    if h % kv:
+        raise InputError(f"attend: {h} query heads cannot share {kv} key/value heads")
+    if not q.dtype == k.dtype == v.dtype:
+        raise InputError(f"attend: q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    for name, at, length in (("q_at", problem.q_at, t), ("k_at", problem.k_at, s)):
+        if at.position.ndim != 2 or at.position.shape[1] != length or at.position.shape[0] not in (1, b):
+            raise InputError(f"attend: {name} has positions {tuple(at.position.shape)} for {b} rows of {length} tokens")

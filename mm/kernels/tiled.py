@@ -1,0 +1,78 @@
+"""Attention in tiles of query rows: what SDPA cannot say in one call, without ever keeping T x S scores.
+
+Each tile is recomputed in the backward pass. Tiles of one plain run read only the keys that their sight can reach.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from mm.kernels.problem import Problem
+
+ROWS = 256
+
+
+def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """q (B, H, T, E), k (B, K, S, E), v (B, K, S, F), already rotated -> (B, H, T, F)."""
+    length = q.shape[2]
+    if length <= ROWS:
+        return tile(q, k, v, problem)
+    again = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    out = []
+    for start in range(0, length, ROWS):
+        rows = (start, min(start + ROWS, length))
+        keys = reachable(problem, rows, k.shape[2])
+        args = (q[:, :, slice(*rows)], k[:, :, slice(*keys)], v[:, :, slice(*keys)], problem.tile(rows, keys))
+        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
+    return torch.cat(out, 2)
+
+
+def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, int]:
+    """The range of keys that these rows may see; all of them unless both sides are the same plain run."""
+    sight = problem.sight
+    if not problem.aligned:
+        return 0, keys
+    start, stop = 0, keys
+    if sight.left is not None:
+        start = max(start, rows[0] - sight.left)
+    if sight.right is not None and problem.k_at.prefix is None:
+        stop = min(stop, rows[1] + sight.right)
+    if sight.chunk is not None:
+        start = max(start, rows[0] // sight.chunk * sight.chunk)
+        stop = min(stop, -(-rows[1] // sight.chunk) * sight.chunk)
+    return start, stop
+
+
+def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """One tile; heads that share keys are grouped, so that keys and values are never copied."""
+    if not problem.softcap and problem.sinks is None:
+        return by_sdpa(q, k, v, problem)
+    seen = problem.visible()[:, None, None]
+    grouped = q.unflatten(1, (k.shape[1], -1))
+    wide = torch.promote_types(q.dtype, torch.float32)
+    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(wide) * problem.scale
+    if problem.softcap:
+        scores = problem.softcap * torch.tanh(scores / problem.softcap)
+    if problem.bias is not None:
+        scores = scores + problem.bias(problem.q_at, problem.k_at).unflatten(1, (k.shape[1], -1))
+    scores = scores.masked_fill(~seen, -torch.inf)
+    if problem.sinks is not None:
+        column = problem.sinks.to(wide).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)[..., : k.shape[2]]
+    weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
+    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+
+
+def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
+    """One tile through SDPA with a mask; rows that see nothing give 0."""
+    seen = problem.visible().unsqueeze(1)
+    mask = seen
+    if problem.bias is not None:
+        mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(~seen, -torch.inf)
+    out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale,
+                                         enable_gqa=q.shape[1] != k.shape[1])
+    return out.masked_fill(~seen.any(-1, keepdim=True), 0.0)

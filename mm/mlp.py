@@ -1,0 +1,49 @@
+"""The position-wise half of a block."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm import spec
+from mm.norm import build_norm
+
+
+def quick_gelu(x: Tensor) -> Tensor:
+    """OpenAI CLIP's approximation of GELU."""
+    return x * torch.sigmoid(1.702 * x)
+
+
+def relu2(x: Tensor) -> Tensor:
+    """So et al., 2021 (Primer)."""
+    return F.relu(x).square()
+
+
+def gelu_tanh(x: Tensor) -> Tensor:
+    return F.gelu(x, approximate="tanh")
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu, "gelu": F.gelu, "gelu_tanh": gelu_tanh, "quick_gelu": quick_gelu, "relu": F.relu, "relu2": relu2,
+}
+
+
+class Mlp(nn.Module):
+    """x: (..., D) -> (..., D)."""
+
+    def __init__(self, dim: int, settings: spec.Mlp):
+        super().__init__()
+        self.settings = settings
+        self.up = nn.Linear(dim, settings.hidden, bias=settings.up_bias)
+        self.gate = nn.Linear(dim, settings.hidden, bias=settings.up_bias) if settings.gated else None
+        self.inner_norm = build_norm(settings.inner_norm, settings.hidden)
+        self.down = nn.Linear(settings.hidden, dim, bias=settings.down_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        act = ACTIVATIONS[self.settings.act]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        hidden = F.dropout(self.inner_norm(hidden), self.settings.dropout, self.training)
+        return self.down(hidden)

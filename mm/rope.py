@@ -1,0 +1,196 @@
+"""Rotary positions of any rank, computed from positions and never from a table with a maximum length.
+
+Su et al., 2021. One rule for text, pictures and sound: angle j of a head is `coordinate[axis(j)] * frequency(j)`.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from mm import spec
+from mm.spec import Rope
+from mm.tree import register
+
+
+@dataclass(frozen=True)
+class Turn:
+    """Rotations to apply. cos, sin: (B, 1 or H, T, R), each angle already laid out over the R rotated channels;
+    `sin` carries the sign of the pair's partner, so that the rotation is `x * cos + partner(x) * sin`."""
+
+    cos: Tensor
+    sin: Tensor
+    layout: str
+
+    def rows(self, start: int, stop: int) -> Turn:
+        return Turn(self.cos[:, :, start:stop], self.sin[:, :, start:stop], self.layout)
+
+
+register(Turn, meta=("layout",))
+
+
+def turn(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = None) -> Turn:
+    """Rotations for positions (B, T) or (B, T, A); `learned` (A, H, R/2) holds the frequencies of `Mixed` axes."""
+    width = rope.dim or head_dim
+    at = positions if positions.is_floating_point() else positions.to(torch.float32)
+    if learned is not None:
+        half = torch.einsum("bta,ahr->bhtr", at.to(learned.dtype), learned)
+        gain = 1.0
+    else:
+        frequency, gain = frequencies(rope, width, positions)
+        half = (spread(at, rope, width) * frequency.to(at.dtype)).unsqueeze(1)
+    half = half * rope.frequency if rope.frequency != 1.0 else half
+    cos, sin = half.cos() * gain, half.sin() * gain
+    if rope.layout == "half":
+        return Turn(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), rope.layout)
+    return Turn(cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2), rope.layout)
+
+
+def apply(x: Tensor, by: Turn) -> Tensor:
+    """x: (B, H, T, E) -> (B, H, T, E); the first R channels turn, in float32 when x is of half precision."""
+    width = by.cos.shape[-1]
+    if width < x.shape[-1]:
+        return torch.cat([apply(x[..., :width], by), x[..., width:]], -1)
+    wide = x if x.dtype == by.cos.dtype else x.to(by.cos.dtype)
+    if by.layout == "half":
+        partner = torch.cat([wide[..., width // 2:], wide[..., :width // 2]], -1)
+    else:
+        partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    return torch.addcmul(wide * by.cos, partner, by.sin).to(x.dtype)
+
+
+def spread(positions: Tensor, rope: Rope, width: int) -> Tensor:
+    """The coordinate that each of the width/2 angles turns by: (B, T, width/2), or (B, T, 1) when there is one axis."""
+    match rope.axes:
+        case None:
+            return positions.unsqueeze(-1) if positions.ndim == 2 else positions[..., :1]
+        case spec.Axial(axes=axes):
+            return positions.repeat_interleave(width // 2 // axes, -1)
+        case spec.Sections():
+            return positions[..., section_axes(rope.axes, positions.device)]
+    raise AssertionError(rope.axes)
+
+
+def section_axes(sections: spec.Sections, device: torch.device) -> Tensor:
+    """Which coordinate each angle of an M-RoPE head reads: in runs (Qwen2-VL), or 0 1 2 0 1 2 ... 0 0 (Qwen3-VL)."""
+    axes = [axis for axis, size in enumerate(sections.sizes) for _ in range(size)]
+    if sections.interleaved:
+        axes = [0] * len(axes)
+        for axis, size in list(enumerate(sections.sizes))[1:]:
+            axes[axis:size * len(sections.sizes):len(sections.sizes)] = [axis] * size
+    return torch.tensor(axes, device=device)
+
+
+# ----------------------------------------------------------------------------------------- frequencies
+def frequencies(rope: Rope, width: int, positions: Tensor) -> tuple[Tensor, float]:
+    """((width/2,) or (B, 1, width/2) radians per position, gain on cos and sin)."""
+    shares = rope.axes.axes if isinstance(rope.axes, spec.Axial) else 1
+    count = width // 2 // shares
+    exponent = torch.arange(count, device=positions.device, dtype=torch.float32) / count
+    plain = 1.0 / rope.theta ** exponent
+    match rope.scaling:
+        case None:
+            scaled, gain = plain, 1.0
+        case spec.LinearScaling(factor=factor):
+            scaled, gain = plain / factor, 1.0
+        case spec.DynamicNTK() as ntk:
+            scaled, gain = dynamic_ntk(ntk, rope.theta, exponent, width, positions), 1.0
+        case spec.Llama3Scaling() as scaling:
+            scaled, gain = llama3(scaling, plain), 1.0
+        case spec.Yarn() as yarn:
+            scaled, gain = yarn_blend(yarn, rope.theta, plain, width), yarn_gain(yarn)
+        case spec.LongRope() as long:
+            scaled, gain = long_rope(long, plain, positions), long_gain(long)
+    return scaled.repeat(*[1] * (scaled.ndim - 1), shares), gain
+
+
+def reach(positions: Tensor) -> Tensor:
+    """Length of each row so far: (B, 1, 1)."""
+    first = positions if positions.ndim == 2 else positions[..., 0]
+    return (first.amax(1) + 1).to(torch.float32)[:, None, None]
+
+
+def dynamic_ntk(ntk: spec.DynamicNTK, theta: float, exponent: Tensor, width: int, positions: Tensor) -> Tensor:
+    """The base grows once a row is longer than the original context (each row by its own length)."""
+    length = reach(positions).clamp(min=ntk.original)
+    base = theta * (ntk.factor * length / ntk.original - (ntk.factor - 1)) ** (width / (width - 2))
+    return 1.0 / base ** exponent
+
+
+def llama3(scaling: spec.Llama3Scaling, plain: Tensor) -> Tensor:
+    """Long wavelengths are stretched by the factor, short ones kept, those between blended (Llama 3.1)."""
+    turns = scaling.original * plain / (2 * math.pi)
+    keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / scaling.factor
+
+
+def yarn_blend(yarn: spec.Yarn, theta: float, plain: Tensor, width: int) -> Tensor:
+    """Fast angles extrapolate, slow ones interpolate, with a linear ramp over the index (Peng et al., 2023)."""
+    def index(turns: float) -> float:
+        return width * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    low, high = index(yarn.beta_fast), index(yarn.beta_slow)
+    if yarn.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
+    ramp = (torch.arange(width // 2, device=plain.device) - low) / max(high - low, 1e-3)
+    keep = 1 - ramp.clamp(0, 1)
+    return keep * plain + (1 - keep) * plain / yarn.factor
+
+
+def yarn_gain(yarn: spec.Yarn) -> float:
+    def gain(weight: float) -> float:
+        return 0.1 * weight * math.log(yarn.factor) + 1.0 if yarn.factor > 1 else 1.0
+    if yarn.gain is not None:
+        return yarn.gain
+    return gain(yarn.mscale) / gain(yarn.mscale_all) if yarn.mscale and yarn.mscale_all else gain(1.0)
+
+
+def long_rope(long: spec.LongRope, plain: Tensor, positions: Tensor) -> Tensor:
+    """One divisor per angle, from the long list once a row is longer than the original context (Phi-3)."""
+    pick = torch.where(reach(positions) > long.original, plain.new_tensor(long.long), plain.new_tensor(long.short))
+    return plain / pick
+
+
+def long_gain(long: spec.LongRope) -> float:
+    if long.gain is not None:
+        return long.gain
+    return math.sqrt(1 + math.log(long.factor) / math.log(long.original)) if long.factor > 1 else 1.0
+
+
+# ------------------------------------------------------------------------------------- picture coordinates
+def grid(height: int, width: int, *, order: str = "yx", reference: tuple[int, int] | None = None, offset: float = 0.0,
+         device: torch.device | None = None) -> Tensor:
+    """(height * width, 2) coordinates of patches in row order; `reference` stretches the grid to that (h, w)."""
+    ys = torch.arange(height, device=device, dtype=torch.float32)
+    xs = torch.arange(width, device=device, dtype=torch.float32)
+    if reference is not None:
+        ys, xs = ys / height * reference[0], xs / width * reference[1]
+    return product(ys + offset, xs + offset, order)
+
+
+def centred_grid(height: int, width: int, *, normalise: str = "separate", device: torch.device | None = None) -> Tensor:
+    """(height * width, 2) patch centres (y, x) in [-1, 1]; `normalise` divides by each side, or by the `min` or `max` side
+    (DINOv3)."""
+    by_side = {"separate": (height, width), "min": (min(height, width),) * 2, "max": (max(height, width),) * 2}[normalise]
+    ys = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / by_side[0]
+    xs = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / by_side[1]
+    return product(2 * ys - 1, 2 * xs - 1, "yx")
+
+
+def jitter(coords: Tensor, *, shift: float = 0.0, stretch: float = 1.0, rescale: float = 1.0,
+           generator: torch.Generator | None = None) -> Tensor:
+    """DINOv3's training augmentation of centred coords (N, 2): a shift in [-shift, shift] per axis, a log-uniform factor up
+    to `stretch` per axis, and one shared log-uniform factor up to `rescale`."""
+    def uniform(count: int, edge: float) -> Tensor:
+        draw = torch.rand(count, device=coords.device, dtype=coords.dtype, generator=generator)
+        return (2 * draw - 1) * edge
+    moved = coords + uniform(2, shift)
+    return moved * uniform(2, math.log(stretch)).exp() * uniform(1, math.log(rescale)).exp()
+
+
+def product(ys: Tensor, xs: Tensor, order: str) -> Tensor:
+    y, x = torch.meshgrid(ys, xs, indexing="ij")
+    return torch.stack([y, x] if order == "yx" else [x, y], -1).flatten(0, 1)

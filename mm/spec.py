@@ -1,0 +1,371 @@
+"""A model is data: frozen, keyword-only dataclasses describe each layer, and a stack is a tuple of layers.
+
+Every spec checks itself when it is made and goes through JSON and back (`to_json`, `from_json`).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from mm.errors import InputError
+
+
+def spec(cls: type) -> type:
+    """A frozen, keyword-only dataclass that can be written to JSON and read back by its class name."""
+    cls = dataclass(frozen=True, kw_only=True)(cls)
+    SPECS[cls.__name__] = cls
+    return cls
+
+
+SPECS: dict[str, type] = {}
+
+
+def require(holds: bool, sentence: str) -> None:
+    if not holds:
+        raise InputError(sentence)
+
+
+# ---------------------------------------------------------------------------------------------- norms
+@spec
+class LayerNorm:
+    eps: float = 1e-5
+    bias: bool = True
+
+
+@spec
+class RMSNorm:
+    """`order` says where the cast back to the input dtype happens: `cast_then_scale` (Llama, Qwen, Mistral),
+    `scale_then_cast` (OLMo 2, GPT-OSS) or `one_plus` (Gemma: (1 + weight) in float32, then the cast)."""
+
+    eps: float = 1e-6
+    order: Literal["cast_then_scale", "scale_then_cast", "one_plus"] = "cast_then_scale"
+
+
+@spec
+class L2Norm:
+    """Division by the root mean square, without weight (Llama 4's query and key norm)."""
+
+    eps: float = 1e-6
+
+
+Norm = LayerNorm | RMSNorm | L2Norm
+
+
+# ------------------------------------------------------------------------------------------- positions
+@spec
+class LinearScaling:
+    factor: float
+
+
+@spec
+class DynamicNTK:
+    factor: float
+    original: int
+
+
+@spec
+class Llama3Scaling:
+    factor: float
+    original: int
+    low: float = 1.0
+    high: float = 4.0
+
+
+@spec
+class Yarn:
+    """`mscale` and `mscale_all` are DeepSeek's; both 0 gives the paper's gain 0.1 ln(factor) + 1."""
+
+    factor: float
+    original: int
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 0.0
+    mscale_all: float = 0.0
+    truncate: bool = True
+    gain: float | None = None
+
+
+@spec
+class LongRope:
+    original: int
+    factor: float
+    short: tuple[float, ...]
+    long: tuple[float, ...]
+    gain: float | None = None
+
+
+Scaling = LinearScaling | DynamicNTK | Llama3Scaling | Yarn | LongRope
+
+
+@spec
+class Axial:
+    """Each of `axes` coordinates turns its own equal share of the angles (2-D pictures: EVA, DINOv3, Qwen2-VL vision)."""
+
+    axes: int = 2
+
+
+@spec
+class Sections:
+    """M-RoPE: one frequency table, `sizes[a]` of its angles turned by coordinate a, in runs or interleaved."""
+
+    sizes: tuple[int, ...]
+    interleaved: bool = False
+
+
+@spec
+class Mixed:
+    """Learned frequencies per layer and head over all `axes` coordinates at once (RoPE-ViT)."""
+
+    axes: int = 2
+
+
+@spec
+class Rope:
+    """Rotary positions. `dim` is the rotated width (None: the whole head), `layout` how the pairs lie in it;
+    `frequency` multiplies every angle (2 pi where coordinates are fractions of a turn, as in DINOv3)."""
+
+    theta: float = 10000.0
+    dim: int | None = None
+    layout: Literal["half", "interleaved"] = "half"
+    frequency: float = 1.0
+    scaling: Scaling | None = None
+    axes: Axial | Sections | Mixed | None = None
+
+
+@spec
+class Alibi:
+    """A penalty that grows with distance, one slope a head."""
+
+
+@spec
+class Buckets:
+    """T5's learned bias: one value per head and logarithmic distance bucket."""
+
+    count: int = 32
+    distance: int = 128
+    two_sided: bool = True
+
+
+@spec
+class Sight:
+    """How far a token sees: `left` and `right` count positions beside its own (None: without limit), `chunk` cuts the
+    axis into blocks that do not see each other. Causal is `Sight(right=0)`; Mistral's window W is `left=W - 1`."""
+
+    left: int | None = None
+    right: int | None = None
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("left", "right"):
+            require(getattr(self, name) is None or getattr(self, name) >= 0, f"Sight.{name} must not be negative")
+        require(self.chunk is None or self.chunk > 0, "Sight.chunk must be positive")
+
+
+CAUSAL = Sight(right=0)
+EVERYWHERE = Sight()
+
+
+# ------------------------------------------------------------------------------------------ sublayers
+@spec
+class QKNorm:
+    """`over` the width of a head, or `flat` over all heads at once; `after_rope` is Llama 4's order."""
+
+    norm: Norm
+    over: Literal["head", "flat"] = "head"
+    after_rope: bool = False
+
+
+@spec
+class Attention:
+    """Multi-head (`kv_heads` = `heads`), grouped or multi-query attention.
+
+    `gate` multiplies the heads' output by a sigmoid of the input, per head or per element, before `out`;
+    `extra_key` adds one learned key and value that everybody sees (ImageBind); `scale` None is head_dim ** -0.5;
+    `inner_norm` normalises the concatenated heads before `out` (EVA-02).
+    """
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    sight: Sight = EVERYWHERE
+    rope: Rope | None = None
+    q_bias: bool = True
+    k_bias: bool = True
+    v_bias: bool = True
+    out_bias: bool = True
+    scale: float | None = None
+    qk_norm: QKNorm | None = None
+    inner_norm: Norm | None = None
+    softcap: float = 0.0
+    sinks: bool = False
+    extra_key: bool = False
+    gate: Literal["none", "head", "element"] = "none"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(min(self.heads, self.kv_heads, self.head_dim) > 0, "Attention needs positive heads and head_dim")
+        require(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
+        rotated = (self.rope.dim or self.head_dim) if self.rope else 0
+        require(rotated % 2 == 0 and rotated <= self.head_dim,
+                f"rope.dim must be even and at most head_dim {self.head_dim}, not {rotated}")
+
+
+@spec
+class Differential:
+    """Two softmax maps a head, the second subtracted (Differential Transformer, 2024). `base` counts head pairs:
+    queries and keys have 2 x base.heads (and kv_heads) of width head_dim, values are 2 x head_dim wide."""
+
+    base: Attention
+    lambda_init: float
+    norm: Norm = RMSNorm(eps=1e-5)
+
+    def __post_init__(self) -> None:
+        flat = self.base.qk_norm is not None and self.base.qk_norm.over == "flat"
+        mixed = self.base.rope is not None and isinstance(self.base.rope.axes, Mixed)
+        require(not (flat or mixed or self.base.sinks or self.base.extra_key or self.base.inner_norm),
+                "differential attention has no flat qk_norm, mixed rope, sinks, extra key or inner_norm")
+
+
+@spec
+class Mlp:
+    """`down(act(up(x)))`, or gated `down(act(gate(x)) * up(x))`; `inner_norm` sits before `down` (EVA-02)."""
+
+    hidden: int
+    act: Literal["silu", "gelu", "gelu_tanh", "quick_gelu", "relu", "relu2"] = "gelu"
+    gated: bool = False
+    up_bias: bool = True
+    down_bias: bool = True
+    inner_norm: Norm | None = None
+    dropout: float = 0.0
+
+
+@spec
+class Layer:
+    """One block. `placement` of the norms:
+
+    pre            x + f(norm(x))                     GPT-2, Llama, ViT
+    post_branch    x + norm(f(x))                     OLMo 2
+    sandwich       x + post(f(norm(x)))               Gemma 2
+    residual_post  norm(x + f(x))                     BERT, the original
+    parallel       x + mixer(norm(x)) + mlp(norm(x))  GPT-J, Falcon; `parallel_norms`: two norms (GPT-NeoX)
+
+    `mixer_norm` False leaves out the norm before the mixer (ModernBERT's first layer). `layer_scale` is the initial value
+    of the branches' learned scale; `drop_path` the probability that a row skips a branch while training.
+    """
+
+    mixer: Attention | Differential
+    mlp: Mlp | None = None
+    cross: Attention | None = None
+    norm: Norm = LayerNorm()
+    mixer_norm: bool = True
+    placement: Literal["pre", "post_branch", "sandwich", "residual_post", "parallel", "parallel_norms"] = "pre"
+    layer_scale: float | None = None
+    drop_path: float = 0.0
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.placement.startswith("parallel"):
+            require(self.cross is None and self.mlp is not None, "a parallel layer has an mlp and no cross-attention")
+        require(0.0 <= self.drop_path < 1.0, f"drop_path must lie in [0, 1), not {self.drop_path}")
+
+
+@spec
+class Stack:
+    """Layers over tokens of width `dim`; `memory_dim` is the width that cross-attention reads (None: `dim`);
+    `relative` is a position bias that all layers share (T5, ALiBi)."""
+
+    dim: int
+    layers: tuple[Layer, ...]
+    final_norm: Norm | None = None
+    relative: Alibi | Buckets | None = None
+    memory_dim: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.dim > 0, "Stack.dim must be positive")
+        heads = {attention(layer).heads for layer in self.layers}
+        require(self.relative is None or len(heads) == 1, "layers that share a position bias need equal heads")
+        extra = any(attention(layer).extra_key for layer in self.layers)
+        require(self.relative is None or not extra, "an extra key has no position for a position bias")
+
+
+def attention(layer: Layer) -> Attention:
+    """The attention inside a layer's mixer."""
+    return layer.mixer.base if isinstance(layer.mixer, Differential) else layer.mixer
+
+
+def drop_path_ramp(rate: float, depth: int) -> list[float]:
+    """Stochastic depth that grows linearly from 0 at the first layer to `rate` at the last (Huang et al., 2016)."""
+    return [rate * i / max(depth - 1, 1) for i in range(depth)]
+
+
+# ----------------------------------------------------------------------------------------------- JSON
+def to_data(value: Any) -> Any:
+    """A spec as plain dicts and lists; each dict names its class and leaves out defaults."""
+    if dataclasses.is_dataclass(value):
+        fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)
+                  if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default}
+        return {"is": type(value).__name__, **fields}
+    if isinstance(value, list | tuple):
+        return [to_data(item) for item in value]
+    return value
+
+
+def from_data(data: Any, where: str = "spec") -> Any:
+    """The spec that `to_data` wrote. Unknown classes, fields or values raise `InputError` that names the place."""
+    if isinstance(data, list):
+        return tuple(from_data(item, f"{where}[{i}]") for i, item in enumerate(data))
+    if not isinstance(data, dict):
+        return data
+    cls = SPECS.get(data.get("is"))
+    require(cls is not None, f"{where}: {data.get('is')!r} is not a kind of spec")
+    kinds = field_types(cls)
+    given = {key: value for key, value in data.items() if key != "is"}
+    unknown = sorted(set(given) - set(kinds))
+    require(not unknown, f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
+    values = {key: from_data(value, f"{where}.{key}") for key, value in given.items()}
+    for key, value in values.items():
+        require(fits(value, kinds[key]), f"{where}.{key}: {value!r} is not a valid {cls.__name__}.{key}")
+    missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
+    require(not missing, f"{where}: {cls.__name__} needs {', '.join(missing)}")
+    return cls(**values)
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` has the annotated type `kind` (unions, literals and tuples included; an int may serve as float)."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
+    if kind in (Any, None, type(None)):
+        return kind is Any or value is None
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
+    return isinstance(value, kind)
+
+
+def fingerprint(value: Any) -> str:
+    """Sixteen hex digits that name a spec."""
+    return hashlib.sha256(json.dumps(to_data(value), sort_keys=True).encode()).hexdigest()[:16]
+
+
+def to_json(value: Any) -> str:
+    return json.dumps(to_data(value), indent=1)
+
+
+def from_json(text: str) -> Any:
+    return from_data(json.loads(text))

@@ -1,0 +1,174 @@
+"""Streaming state: trees of tensors that the caller holds, never hidden on a module.
+
+Every tensor has the batch first, so that a state can be cloned, moved, sliced by row, joined and saved without knowing
+what is in it. States are updated in place, inside `torch.no_grad`, with fixed shapes and no reads back to Python.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+from mm.errors import InputError
+from mm.tree import register, tensors
+from mm.visibility import EMPTY, At
+
+
+class State:
+    """Base of every streaming state; subclasses are dataclasses registered as pytrees with a `fingerprint`."""
+
+    fingerprint: str
+
+    def clone(self) -> Self:
+        return pytree.tree_map_only(Tensor, torch.clone, self)
+
+    def to(self, device: torch.device | str) -> Self:
+        return pytree.tree_map_only(Tensor, lambda x: x.to(device), self)
+
+    def select(self, rows: Tensor) -> Self:
+        """A copy of the rows with these indices (n,)."""
+        return pytree.tree_map_only(Tensor, lambda x: x.index_select(0, rows), self)
+
+    def insert(self, rows: Tensor, other: State) -> None:
+        """Overwrite the rows with these indices (n,) by the n rows of another state of the same module."""
+        self.match(other.fingerprint)
+        for (_, mine), (_, theirs) in zip(tensors(self), tensors(other), strict=True):
+            mine.index_copy_(0, rows, theirs)
+
+    def match(self, fingerprint: str) -> None:
+        if self.fingerprint != fingerprint:
+            raise InputError(f"the state was made by a model with spec {self.fingerprint}, not {fingerprint}")
+
+    def save(self, path: str | Path) -> None:
+        """Write to a safetensors file, at once or not at all."""
+        path = Path(path)
+        part = path.with_name(path.name + ".part")
+        save_file({name: x.contiguous() for name, x in tensors(self)}, part, {"fingerprint": self.fingerprint})
+        os.replace(part, path)
+
+    def load(self, path: str | Path) -> Self:
+        """Fill this state with a saved one; raises InputError when it came from another model, batch or length."""
+        with safe_open(path, "pt") as file:
+            self.match((file.metadata() or {}).get("fingerprint", "unknown"))
+            for name, mine in tensors(self):
+                shape = tuple(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118
+                if shape != tuple(mine.shape):
+                    raise InputError(f"{path}: {name} has shape {shape}, this state {tuple(mine.shape)}")
+                mine.copy_(file.get_tensor(name))
+        return self
+
+
+@dataclass
+class Write:
+    """Where the tokens of one call go: index (B, T) of a slot each, and the slots' `At` after the call."""
+
+    index: Tensor
+    k_at: At
+
+
+register(Write)
+
+
+@dataclass
+class Slots:
+    """table (B, S + 1, 3): position (-1: empty), document and prefix flag of every slot; shared by caches of one size.
+
+    Slot = position mod S, so a cache of full length is static and a shorter one a ring. The last slot takes the
+    writes of tokens that do not exist (padding, paused rows) and stays empty.
+    """
+
+    table: Tensor
+
+    @property
+    def size(self) -> int:
+        return self.table.shape[1] - 1
+
+    def write(self, at: At) -> Write:
+        position = at.position
+        index = torch.where(position >= 0, position % self.size, self.size)
+        document = torch.zeros_like(position) if at.document is None else at.document
+        prefix = torch.zeros_like(position) if at.prefix is None else at.prefix.to(position.dtype)
+        entry = torch.stack([position.clamp(min=EMPTY), document, prefix], -1)
+        self.table.scatter_(1, index.unsqueeze(-1).expand(-1, -1, 3), entry)
+        return Write(index, self.at(at.document is not None, at.prefix is not None))
+
+    def at(self, documents: bool, prefixes: bool) -> At:
+        position, document, prefix = self.table.unbind(-1)
+        return At(position, document if documents else None, prefix.bool() if prefixes else None)
+
+
+register(Slots)
+
+
+@dataclass
+class KVCache:
+    """k (B, K, S + 1, E), v (B, K, S + 1, F): rotated keys and values by slot."""
+
+    k: Tensor
+    v: Tensor
+
+    def write(self, k: Tensor, v: Tensor, to: Write) -> tuple[Tensor, Tensor, At]:
+        """Store new keys and values (B, K, T, *); returns everything held and where it is."""
+        index = to.index[:, None, :, None]
+        self.k.scatter_(2, index.expand_as(k), k)
+        self.v.scatter_(2, index.expand_as(v), v)
+        return self.k, self.v, to.k_at
+
+
+register(KVCache)
+
+
+@dataclass
+class StackState(State):
+    """offset (B,): the position of each row's next token; one `Slots` per distinct cache size, one cache per layer."""
+
+    offset: Tensor
+    slots: list[Slots]
+    caches: list[KVCache]
+    fingerprint: str
+    chunk: int | None
+
+    def advance(self, at: At | None, length: int, rows: Tensor | None) -> At:
+        """Where the next `length` tokens of each row are; rows (B,) bool that do not advance get no positions."""
+        if at is None:
+            at = At(self.offset[:, None] + torch.arange(length, device=self.offset.device))
+        if rows is not None:
+            at = At(torch.where(rows[:, None], at.position, EMPTY), at.document, at.prefix, at.coords)
+        self.offset.copy_(torch.maximum(self.offset, at.position.amax(1) + 1))
+        return at
+
+    def reset(self, rows: Tensor | None = None) -> None:
+        """Forget everything, or the rows (B,) bool."""
+        rows = torch.ones_like(self.offset, dtype=torch.bool) if rows is None else rows
+        self.offset.masked_fill_(rows, 0)
+        for slots in self.slots:
+            slots.table[..., 0].masked_fill_(rows[:, None], EMPTY)
+
+    def rewind(self, length: Tensor) -> None:
+        """Forget the tokens at positions >= length (B,), for example drafts that were not accepted."""
+        self.offset.copy_(torch.minimum(self.offset, length))
+        for slots in self.slots:
+            position = slots.table[..., 0]
+            position.masked_fill_(position >= length[:, None], EMPTY)
+
+
+register(StackState, meta=("fingerprint", "chunk"))
+
+
+def check_state(state: Any, fingerprint: str, batch: int) -> None:
+    """A state fits this model and batch, and nobody wants gradients through it."""
+    state.match(fingerprint)
+    if state.offset.shape[0] != batch:
+        raise InputError(f"the state holds {state.offset.shape[0]} rows and the input {batch}")
+    if torch.is_grad_enabled():
+        raise InputError("a state is updated in place: call the model under torch.no_grad()")
+
+

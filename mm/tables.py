@@ -1,0 +1,169 @@
+"""A checkpoint family is a table of (theirs, ours) names, run in both directions and strict in both.
+
+Names are patterns: `{n}` stands for a number and `{x}` for `weight` or `bias`, the same on both sides of a rule.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from mm.errors import InputError
+
+Shape = tuple[int, ...]
+Change = Callable[[Sequence[Tensor]], list[Tensor]]
+HOLES = {"n": r"(?P<n>\d+)", "x": r"(?P<x>weight|bias)", "name": r"(?P<name>.+)"}
+
+
+@dataclass(frozen=True)
+class Way:
+    """How the tensors of one rule change: `load` makes ours from theirs, `save` theirs from ours, exact inverses.
+    `loose`: theirs may carry any number of dimensions of size 1."""
+
+    load: Change
+    save: Change
+    loose: bool = False
+
+
+SAME = Way(list, list)
+TRANSPOSED = Way(lambda xs: [xs[0].T], lambda xs: [xs[0].T])
+SCALAR = Way(lambda xs: [xs[0].reshape(())], list, loose=True)
+
+
+def fused(*sizes: int) -> Way:
+    """Several of theirs, `sizes` long in their first dimension, are one of ours (query, key and value projections)."""
+    return Way(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].split(sizes)))
+
+
+def reshaped(ours: Shape, theirs: Shape) -> Way:
+    return Way(lambda xs: [xs[0].reshape(ours)], lambda xs: [xs[0].reshape(theirs)])
+
+
+def halves(heads: int) -> Way:
+    """Rows of a query or key projection from interleaved rotary pairs (theirs) to two halves per head (ours)."""
+    def deal(x: Tensor) -> Tensor:
+        return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+
+    def riffle(x: Tensor) -> Tensor:
+        return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
+    return Way(lambda xs: [deal(xs[0])], lambda xs: [riffle(xs[0])])
+
+
+@dataclass(frozen=True)
+class Rule:
+    """`theirs` and `ours` are one pattern or several; the first of each finds the rest."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    way: Way = SAME
+
+
+def rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], way: Way = SAME) -> Rule:
+    return Rule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, way)
+
+
+@dataclass(frozen=True)
+class Step:
+    """One rule applied to one layer: full names."""
+
+    theirs: tuple[str, ...]
+    ours: tuple[str, ...]
+    way: Way
+
+
+@dataclass(frozen=True)
+class Table:
+    """Rules, and patterns of their names that are left out on purpose, each with its reason."""
+
+    rules: tuple[Rule, ...]
+    ignored: Mapping[str, str] = field(default_factory=dict)
+
+    def load(self, shapes: Mapping[str, Shape], read: Callable[[str], Tensor], wanted: Mapping[str, Shape],
+             where: str) -> dict[str, Tensor]:
+        """Ours from theirs. `shapes` are theirs, `wanted` ours; names and shapes are checked before anything is read.
+        Raises InputError that names missing, unknown and wrongly shaped weights of the file `where`."""
+        steps, unknown = self.match([name for name in shapes if not self.ignores(name)], "theirs")
+        unknown += [name for step in steps if not set(step.ours) <= set(wanted) for name in step.theirs]
+        steps = [step for step in steps if set(step.ours) <= set(wanted)]
+        made = {name for step in steps for name in step.ours}
+        absent, _ = self.match([name for name in wanted if name not in made], "ours")
+        missing = [name for step in absent for name in step.theirs]
+        missing += [name for step in steps for name in step.theirs if name not in shapes]
+        missing += [name for name in wanted if name not in made and not any(name in step.ours for step in absent)]
+        complain(where, missing, [name for name in unknown if name in shapes])
+        out: dict[str, Tensor] = {}
+        for step in steps:
+            self.check(step, shapes, wanted, where)
+        for step in steps:
+            out.update(zip(step.ours, step.way.load([read(name) for name in step.theirs]), strict=True))
+        return out
+
+    def save(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:
+        """Theirs from ours; raises InputError that names the weights for which the layout has no place."""
+        steps, unplaced = self.match(list(state), "ours")
+        unplaced += [name for step in steps for name in step.ours if name not in state]
+        if unplaced:
+            raise InputError(f"the {layout} layout has no place for {listed(unplaced)}")
+        out: dict[str, Tensor] = {}
+        for step in steps:
+            out.update(zip(step.theirs, step.way.save([state[name] for name in step.ours]), strict=True))
+        return out
+
+    def ignores(self, name: str) -> bool:
+        return any(re.fullmatch(compiled(pattern), name) for pattern in self.ignored)
+
+    def match(self, names: list[str], side: str) -> tuple[list[Step], list[str]]:
+        """(the steps that these names start, the names that no step uses); `side` says whose names they are."""
+        steps, left = [], dict.fromkeys(names)
+        for entry in self.rules:
+            first = re.compile(compiled(getattr(entry, side)[0]))
+            for found in [found for name in left if (found := first.fullmatch(name))]:
+                theirs, ours = (tuple(fill(pattern, found.groupdict()) for pattern in patterns)
+                                for patterns in (entry.theirs, entry.ours))
+                steps.append(Step(theirs, ours, entry.way))
+                for name in theirs if side == "theirs" else ours:
+                    left.pop(name, None)
+        return steps, list(left)
+
+    def check(self, step: Step, shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
+        expected = step.way.save([torch.empty(wanted[name], device="meta") for name in step.ours])
+        for name, tensor in zip(step.theirs, expected, strict=True):
+            right, came = tuple(tensor.shape), tuple(shapes[name])
+            same = squeezed(came) == squeezed(right) if step.way.loose else came == right
+            if not same:
+                raise InputError(f"{where}: {name} should have shape {right} by the config, but has {came}")
+
+
+def compiled(pattern: str) -> str:
+    """A pattern as a regular expression."""
+    pieces = re.split(r"\{(\w+)\}", pattern)
+    return "".join(HOLES[piece] if i % 2 else re.escape(piece) for i, piece in enumerate(pieces))
+
+
+def fill(pattern: str, found: Mapping[str, str]) -> str:
+    return re.sub(r"\{(\w+)\}", lambda hole: found[hole[1]], pattern)
+
+
+def squeezed(shape: Iterable[int]) -> list[int]:
+    return [size for size in shape if size != 1]
+
+
+def listed(names: Sequence[str], most: int = 3) -> str:
+    """A few names and how many more there are."""
+    more = len(names) - most
+    return ", ".join(names[:most]) + (f" and {more} more" if more > 0 else "")
+
+
+def complain(where: str, missing: list[str], unknown: list[str]) -> None:
+    wrongs = ((missing, "missing"), (unknown, "not expected by the config"))
+    parts = [f"{len(names)} of the weights {'is' if len(names) == 1 else 'are'} {what} ({listed(names)})"
+             for names, what in wrongs if names]
+    if parts:
+        raise InputError(f"{where}: {' and '.join(parts)}")
+
+
+IDENTITY = Table((rule("{name}", "{name}"),))

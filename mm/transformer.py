@@ -1,0 +1,148 @@
+"""A stack of blocks: the body of every model in this package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from mm import rope as rotary
+from mm import spec
+from mm.attention import Scene
+from mm.block import Block
+from mm.errors import InputError
+from mm.norm import build_norm
+from mm.positions import build_bias
+from mm.spec import attention
+from mm.state import KVCache, Slots, StackState, check_state
+from mm.visibility import EMPTY, At, along
+
+
+class Transformer(nn.Module):
+    """x: (B, T, D) -> (B, T, D), after the final norm where the stack has one."""
+
+    def __init__(self, stack: spec.Stack):
+        super().__init__()
+        self.stack = stack
+        self.blocks = nn.ModuleList(Block(stack.dim, layer, stack.memory_dim) for layer in stack.layers)
+        self.final_norm = build_norm(stack.final_norm, stack.dim)
+        self.bias = build_bias(stack.relative, attention(stack.layers[0]).heads) if stack.layers else None
+        self.checkpointed: frozenset[int] = frozenset()
+        self.ropes = list(dict.fromkeys(filter(None, map(shared_rope, stack.layers))))
+        self.rope_of = [self.ropes.index(rope) if (rope := shared_rope(layer)) else None for layer in stack.layers]
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Normal weights of std D^-0.5 into a branch and (2 L D)^-0.5 out of it (GPT-2, CLIP)."""
+        dim, depth = self.stack.dim, max(len(self.blocks), 1)
+        for name, parameter in self.named_parameters():
+            if parameter.ndim != 2 or not name.endswith("weight") or name.startswith("bias"):
+                continue
+            shallow = dim**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
+            deep = dim**-0.5 * (2 * depth) ** -0.5
+            nn.init.normal_(parameter, std=deep if name.endswith((".out.weight", ".down.weight")) else shallow)
+        for name, parameter in self.named_parameters():
+            if name.endswith(".bias") and ".mlp." in name or name.endswith(".out.bias"):
+                nn.init.zeros_(parameter)
+
+    def checkpoint_blocks(self, every: int = 1) -> None:
+        """Recompute every n-th block in the backward pass instead of keeping its activations; 0 keeps all."""
+        self.checkpointed = frozenset(range(0, len(self.blocks), every)) if every else frozenset()
+
+    def forward(self, x: Tensor, at: At | None = None, *, state: StackState | None = None, rows: Tensor | None = None,
+                memory: Tensor | None = None, memory_at: At | None = None) -> Tensor:
+        """at: where the tokens are (default 0..T-1). state: continue a stream, rows (B,) bool says which rows advance.
+        memory: (B, S, M) for cross-attention. Raises InputError on wrong shapes or a foreign state."""
+        return self.final_norm(self.run(x, at, state, rows, memory, memory_at)[-1])
+
+    def features(self, x: Tensor, layers: Sequence[int], at: At | None = None) -> list[Tensor]:
+        """The residual stream after each of these blocks (negative counts from the end), before the final norm."""
+        outputs = self.run(x, at, None, None, None, None, keep=True)
+        return [outputs[i + 1 if i >= 0 else i] for i in layers]
+
+    def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None, memory: Tensor | None,
+            memory_at: At | None, keep: bool = False) -> list[Tensor]:
+        """[input and output of every block] when they are kept, otherwise [the last]."""
+        self.check(x, memory)
+        if state is not None:
+            check_state(state, self.fingerprint(), len(x))
+            if state.chunk is not None and x.shape[1] > state.chunk:
+                return [self.in_chunks(x, at, state, rows, memory, memory_at)]
+            at = state.advance(at, x.shape[1], rows)
+        at = along(*x.shape[:2], device=x.device) if at is None else at
+        if memory is not None and memory_at is None:
+            memory_at = along(*memory.shape[:2], device=x.device)
+        outputs = [x]
+        for i, (block, scene) in enumerate(zip(self.blocks, self.scenes(at, state), strict=True)):
+            if i in self.checkpointed and torch.is_grad_enabled():
+                x = checkpoint(block, x, scene, memory, memory_at, use_reentrant=False)
+            else:
+                x = block(x, scene, memory, memory_at)
+            outputs = [*outputs, x] if keep else [x]
+        return outputs
+
+    def scenes(self, at: At, state: StackState | None) -> list[Scene]:
+        """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size."""
+        turns = [rotary.turn(at.turns, rope, width) for rope, width in self.ropes]
+        turn_of = [None if i is None else turns[i] for i in self.rope_of]
+        if state is None:
+            return [Scene(at, turn, self.bias) for turn in turn_of]
+        writes = {slots.size: slots.write(at) for slots in state.slots}
+        return [Scene(at, turn, self.bias, cache, writes[cache.k.shape[2] - 1])
+                for turn, cache in zip(turn_of, state.caches, strict=True)]
+
+    def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None, memory: Tensor | None,
+                  memory_at: At | None) -> Tensor:
+        out = []
+        for start in range(0, x.shape[1], state.chunk):
+            stop = start + state.chunk
+            piece = None if at is None else at.rows(start, stop)
+            out.append(self.run(x[:, start:stop], piece, state, rows, memory, memory_at)[-1])
+        return torch.cat(out, 1)
+
+    def fingerprint(self) -> str:
+        return spec.fingerprint(self.stack)
+
+    def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
+                   device: torch.device | str | None = None) -> StackState:
+        """An empty stream of `batch` rows. A layer with a window keeps `left + chunk` slots, one without `length`;
+        past `length` it forgets its oldest tokens. Inputs longer than `chunk` are split where a window needs it."""
+        here = next(self.parameters())
+        dtype, device = dtype or here.dtype, device or here.device
+        sizes = [cache_size(attention(layer).sight, length, chunk) for layer in self.stack.layers]
+        slots = [Slots(torch.full((batch, size + 1, 3), EMPTY, dtype=torch.long, device=device))
+                 for size in dict.fromkeys(sizes)]
+        caches = []
+        for block, size in zip(self.blocks, sizes, strict=True):
+            heads, *widths = block.mixer.cached
+            caches.append(KVCache(*(torch.zeros(batch, heads, size + 1, w, dtype=dtype, device=device) for w in widths)))
+        ring = any(size != length for size in sizes)
+        offset = torch.zeros(batch, dtype=torch.long, device=device)
+        return StackState(offset, slots, caches, self.fingerprint(), chunk if ring else None)
+
+    def check(self, x: Tensor, memory: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.stack.dim:
+            raise InputError(f"expected (B, T, {self.stack.dim}), got {tuple(x.shape)}")
+        if memory is None and any(layer.cross for layer in self.stack.layers):
+            raise InputError("this stack has cross-attention: give it memory (B, S, M)")
+
+
+def shared_rope(layer: spec.Layer) -> tuple[spec.Rope, int] | None:
+    """(rope, head width) whose rotations all layers can share; learned frequencies belong to their layer."""
+    heads = attention(layer)
+    if heads.rope is None or isinstance(heads.rope.axes, spec.Mixed):
+        return None
+    return heads.rope, heads.head_dim
+
+
+def cache_size(sight: spec.Sight, length: int | None, chunk: int) -> int:
+    """Slots that make streaming equal to offline at any chunking up to `chunk`."""
+    if sight.right is None or sight.right > 0:
+        raise InputError(f"a layer that looks {'ahead' if sight.right is None else f'{sight.right} tokens ahead'} "
+                         "cannot stream: its sight must have right=0")
+    reach = min(r for r in (sight.left, sight.chunk and sight.chunk - 1, float("inf")) if r is not None)
+    if reach == float("inf") and length is None:
+        raise InputError("a layer without a window needs init_state(length=...), the longest stream in tokens")
+    return int(min(reach + chunk, length or float("inf")))

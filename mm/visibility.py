@@ -1,0 +1,101 @@
+"""Where tokens are, and the one rule that says which token sees which."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from mm.spec import EVERYWHERE, Sight
+from mm.tree import register
+
+EMPTY = -1  # the position of a slot or a padding token that does not exist
+ANYWHERE = -2  # the position of a learned extra key that every token sees
+
+
+@dataclass(frozen=True)
+class At:
+    """Where each token is.
+
+    position: (B, T) integers; -1 marks padding. document: (B, T) ids of packed documents, or None for one per row.
+    prefix: (B, T) bool, keys that everyone in the document sees (prefix language models), or None.
+    coords: (B, T, A) coordinates for rotary embeddings of several axes; None rotates by `position`.
+    regular: a promise, known without reading the tensors, that every row is 0..T-1, one document, no padding.
+    """
+
+    position: Tensor
+    document: Tensor | None = None
+    prefix: Tensor | None = None
+    coords: Tensor | None = None
+    regular: bool = False
+
+    @property
+    def turns(self) -> Tensor:
+        """What a rotary embedding reads: (B, T) or (B, T, A)."""
+        return self.position if self.coords is None else self.coords
+
+    def rows(self, start: int, stop: int) -> At:
+        """The tokens start:stop."""
+        cut = {name: None if (value := getattr(self, name)) is None else value[:, start:stop]
+               for name in ("position", "document", "prefix", "coords")}
+        return At(**cut, regular=self.regular and start == 0)
+
+    def with_extra_key(self) -> At:
+        """One more key at the end, at `ANYWHERE`."""
+        def longer(x: Tensor | None, value: int) -> Tensor | None:
+            return None if x is None else torch.cat([x, x.new_full((x.shape[0], 1), value)], 1)
+        return At(longer(self.position, ANYWHERE), longer(self.document, 0), longer(self.prefix, 0))
+
+
+register(At, meta=("regular",))
+
+
+def along(batch: int, length: int, *, device: torch.device | None = None, coords: Tensor | None = None) -> At:
+    """Positions 0..length-1 in every row."""
+    return At(torch.arange(length, device=device).expand(batch, length), coords=coords, regular=True)
+
+
+def padded(mask: Tensor) -> At:
+    """Positions that count only the tokens where mask (B, T) is true, left- or right-padded; the others do not exist."""
+    mask = mask.bool()
+    return At(torch.where(mask, mask.long().cumsum(1) - 1, EMPTY))
+
+
+def packed(document: Tensor) -> At:
+    """Documents laid end to end: document (B, T) ids, -1 for padding; positions restart where the id changes."""
+    index = torch.arange(document.shape[1], device=document.device).expand_as(document)
+    fresh = torch.ones_like(document, dtype=torch.bool)
+    fresh[:, 1:] = document[:, 1:] != document[:, :-1]
+    start = torch.where(fresh, index, 0).cummax(1).values
+    return At(torch.where(document < 0, EMPTY, index - start), document=document)
+
+
+def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
+    """(B, T, S) bool: whether query token t sees key token s.
+
+    A key is seen when it exists, lies in the same document and within the sight; a prefix key ignores the sight's
+    right edge; a key at `ANYWHERE` is seen by all.
+    """
+    q, k = q_at.position.unsqueeze(-1), k_at.position.unsqueeze(-2)
+    seen = k >= 0
+    if sight.right is not None:
+        near = k <= q + sight.right
+        seen = seen & (near if k_at.prefix is None else near | k_at.prefix.unsqueeze(-2))
+    if sight.left is not None:
+        seen = seen & (k >= q - sight.left)
+    if sight.chunk is not None:
+        seen = seen & (k // sight.chunk == q // sight.chunk)
+    if q_at.document is not None and k_at.document is not None:
+        seen = seen & (q_at.document.unsqueeze(-1) == k_at.document.unsqueeze(-2))
+    return (seen | (k == ANYWHERE)).expand(-1, q.shape[1], -1)
+
+
+def all_visible(q_at: At, k_at: At, sight: Sight) -> bool:
+    """Whether, by structure alone, every query sees every key."""
+    return q_at.regular and k_at.regular and sight == EVERYWHERE
+
+
+def shifted(at: At, by: Tensor) -> At:
+    """The same tokens `by` (B,) positions later; padding stays padding."""
+    return replace(at, position=torch.where(at.position >= 0, at.position + by[:, None], at.position), regular=False)
