@@ -71,15 +71,17 @@ class Heads(nn.Module):
         s = self.settings
         turn = rotary.turn(scene.at.turns, s.rope, s.head_dim, self.mixed) if self.mixed is not None else scene.turn
         q_turn = k_turn = turn
-        if turn is not None and (scene.cache is not None or self.extra_k is not None or (s.qk_norm and s.qk_norm.after_rope)):
+        late_norm = s.qk_norm is not None and s.qk_norm.after_rope
+        if turn is not None and (scene.cache is not None or self.extra_k is not None or late_norm):
             k, k_turn = rotary.apply(k, turn), None
-        if s.qk_norm and s.qk_norm.after_rope:
+        if late_norm:
             q, q_turn = (q if turn is None else rotary.apply(q, turn)), None
             q, k = self.q_norm(q), self.k_norm(k)
         if scene.cache is not None:
             k, v, k_at = scene.cache.write(k, v, scene.write)
         if self.extra_k is not None:
             k, v, k_at = self.with_extra(k, v, k_at)
+        q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
         return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=s.sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
                       sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0)
 

@@ -23,6 +23,7 @@ from mm.errors import InputError
 from mm.tables import IDENTITY, Shape, Table
 
 M = TypeVar("M", bound=nn.Module)
+S = TypeVar("S")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 SHARD_BYTES = 5 * 2**30
@@ -42,7 +43,7 @@ def resolve(name_or_dir: str | Path, weights: Sequence[str] = (WEIGHTS,)) -> Pat
     from huggingface_hub.errors import HFValidationError
     try:
         for pattern in weights:
-            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, pattern, f"{pattern}.index.json"]))
+            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, pattern]))
             if any(folder.glob(pattern)):
                 break
         return folder
@@ -129,12 +130,13 @@ def unpickle(file: Path, allow_pickle: bool) -> Any:
     try:
         return torch.load(file, map_location="cpu", weights_only=not allow_pickle)
     except pickle.UnpicklingError as error:
-        if "Weights only load failed" not in str(error) or "Unsupported" not in str(error):
-            raise InputError(f"{file} is truncated or not a torch file") from None
-        raise InputError(f"{file} holds more than tensors, and reading it could run code: "
-                         "allow_pickle=True reads it if you trust it") from None
+        if "GLOBAL" in str(error):
+            raise InputError(f"{file} holds more than tensors, and reading it could run code: "
+                             "allow_pickle=True reads it if you trust it") from None
+        reason = "unknown content"
     except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
-        raise InputError(f"{file} is truncated or not a torch file ({str(error).splitlines()[0]})") from None
+        reason = str(error).split("\n")[0] or "it ends early"
+    raise InputError(f"{file} is truncated or not a torch file ({reason})")
 
 
 def is_archive(file: Path) -> bool:
@@ -190,13 +192,17 @@ def own(value: Tensor) -> Tensor:
     return value if alone else value.clone(memory_format=torch.contiguous_format)
 
 
-def read_config(folder: Path) -> tuple[str, Any]:
-    """(family, spec) of a directory in this package's own layout."""
-    path = folder / CONFIG
-    config = read_json(path)
-    if not isinstance(config.get("family"), str) or not isinstance(config.get("spec"), dict):
-        raise InputError(f"{path} should hold a family and a spec")
-    return config["family"], spec.from_data(config["spec"], str(path))
+def pack(family: str, settings: Any) -> dict[str, Any]:
+    """The config of this package's own layout."""
+    return {"family": family, "spec": spec.to_data(settings)}
+
+
+def unpack(config: Mapping[str, Any], kind: type[S], where: str) -> S:
+    """The spec in such a config; raises InputError unless it is one of this kind."""
+    settings = spec.from_data(config.get("spec"), where)
+    if not isinstance(settings, kind):
+        raise InputError(f"{where} should hold a {kind.__name__} under spec, not {settings!r:.80}")
+    return settings
 
 
 # -------------------------------------------------------------------------------------------- writing
@@ -216,10 +222,6 @@ def replacing(path: Path) -> Iterator[Path]:
 def write_json(path: Path, data: Mapping[str, Any]) -> None:
     with replacing(path) as part:
         part.write_text(json.dumps(data, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-
-
-def write_config(folder: Path, family: str, settings: Any) -> None:
-    write_json(folder / CONFIG, {"family": family, "spec": spec.to_data(settings)})
 
 
 def write_weights(folder: Path, state: Mapping[str, Tensor], name: str = WEIGHTS, *,

@@ -16,8 +16,10 @@ from mm.visibility import At
 def sinusoid(positions: Tensor, dim: int, *, theta: float = 10000.0, last: bool = False) -> Tensor:
     """(...) positions -> (..., dim): all sines, then all cosines (Vaswani et al., 2017, in Whisper's order).
 
-    Frequencies run from 1 to 1/theta; `last` includes 1/theta itself (Whisper, tensor2tensor), otherwise they stop before it.
+    Frequencies run from 1 to 1/theta; `last` includes 1/theta itself (Whisper), otherwise they stop before it.
     """
+    if dim % 2:
+        raise InputError(f"sinusoids need an even width, not {dim}")
     half = dim // 2
     exponent = torch.arange(half, device=positions.device, dtype=torch.float32) / max(half - last, 1)
     angle = positions.to(torch.float32).unsqueeze(-1) / theta**exponent
@@ -25,7 +27,7 @@ def sinusoid(positions: Tensor, dim: int, *, theta: float = 10000.0, last: bool 
 
 
 def sinusoid_2d(height: int, width: int, dim: int, *, theta: float = 10000.0) -> Tensor:
-    """(height * width, dim): the first half of the channels codes the column, the second the row (MAE, MoCo v3, CLIPA)."""
+    """(height * width, dim): the first half of the channels codes the column, the second the row (MAE, CLIPA)."""
     if dim % 4:
         raise InputError(f"2-D sinusoids need a width that is a multiple of 4, not {dim}")
     ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm import spec
+from mm.errors import InputError
 from mm.spec import Rope
 from mm.tree import register
 
@@ -25,19 +26,19 @@ class Turn:
     sin: Tensor
     layout: str
 
-    def rows(self, start: int, stop: int) -> Turn:
-        return Turn(self.cos[:, :, start:stop], self.sin[:, :, start:stop], self.layout)
-
 
 register(Turn, meta=("layout",))
 
 
 def turn(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = None) -> Turn:
-    """Rotations for positions (B, T) or (B, T, A); `learned` (A, H, R/2) holds the frequencies of `Mixed` axes."""
+    """Rotations for positions (B, T) or (B, T, A); `learned` (A, H, R/2) holds the frequencies of `Mixed` axes.
+
+    Raises InputError when a rope of several axes meets positions of another rank."""
     width = rope.dim or head_dim
-    at = positions if positions.is_floating_point() else positions.to(torch.float32)
+    check_axes(positions, rope)
+    at = positions.to(torch.promote_types(positions.dtype, torch.float32))
     if learned is not None:
-        half = torch.einsum("bta,ahr->bhtr", at.to(learned.dtype), learned)
+        half = sum(at[:, None, :, axis, None] * bands[:, None] for axis, bands in enumerate(learned.to(at.dtype)))
         gain = 1.0
     else:
         frequency, gain = frequencies(rope, width, positions)
@@ -50,11 +51,11 @@ def turn(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = 
 
 
 def apply(x: Tensor, by: Turn) -> Tensor:
-    """x: (B, H, T, E) -> (B, H, T, E); the first R channels turn, in float32 when x is of half precision."""
+    """x: (B, H, T, E) -> (B, H, T, E); the first R channels turn, at least in float32."""
     width = by.cos.shape[-1]
     if width < x.shape[-1]:
         return torch.cat([apply(x[..., :width], by), x[..., width:]], -1)
-    wide = x if x.dtype == by.cos.dtype else x.to(by.cos.dtype)
+    wide = x.to(torch.promote_types(x.dtype, by.cos.dtype))
     if by.layout == "half":
         partner = torch.cat([wide[..., width // 2:], wide[..., :width // 2]], -1)
     else:
@@ -62,11 +63,27 @@ def apply(x: Tensor, by: Turn) -> Tensor:
     return torch.addcmul(wide * by.cos, partner, by.sin).to(x.dtype)
 
 
+def check_axes(positions: Tensor, rope: Rope) -> None:
+    given = 1 if positions.ndim == 2 else positions.shape[-1]
+    match rope.axes:
+        case spec.Axial(axes=axes) | spec.Mixed(axes=axes):
+            holds = positions.ndim == 3 and given == axes
+        case spec.Sections(sizes=sizes):
+            axes = len(sizes)
+            holds = given == axes or positions.ndim == 2  # plain text: the same position on every axis
+        case None:
+            return
+    if not holds:
+        raise InputError(f"a rope of {axes} axes needs coordinates (B, T, {axes}), not {tuple(positions.shape)}")
+
+
 def spread(positions: Tensor, rope: Rope, width: int) -> Tensor:
     """The coordinate that each of the width/2 angles turns by: (B, T, width/2), or (B, T, 1) when there is one axis."""
     match rope.axes:
+        case _ if positions.ndim == 2:
+            return positions.unsqueeze(-1)
         case None:
-            return positions.unsqueeze(-1) if positions.ndim == 2 else positions[..., :1]
+            return positions[..., :1]
         case spec.Axial(axes=axes):
             return positions.repeat_interleave(width // 2 // axes, -1)
         case spec.Sections():
@@ -90,7 +107,8 @@ def frequencies(rope: Rope, width: int, positions: Tensor) -> tuple[Tensor, floa
     shares = rope.axes.axes if isinstance(rope.axes, spec.Axial) else 1
     count = width // 2 // shares
     exponent = torch.arange(count, device=positions.device, dtype=torch.float32) / count
-    plain = 1.0 / rope.theta ** exponent
+    period = rope.theta ** exponent
+    plain = 1.0 / period
     match rope.scaling:
         case None:
             scaled, gain = plain, 1.0
@@ -103,7 +121,7 @@ def frequencies(rope: Rope, width: int, positions: Tensor) -> tuple[Tensor, floa
         case spec.Yarn() as yarn:
             scaled, gain = yarn_blend(yarn, rope.theta, plain, width), yarn_gain(yarn)
         case spec.LongRope() as long:
-            scaled, gain = long_rope(long, plain, positions), long_gain(long)
+            scaled, gain = long_rope(long, period, positions), long_gain(long)
     return scaled.repeat(*[1] * (scaled.ndim - 1), shares), gain
 
 
@@ -148,10 +166,10 @@ def yarn_gain(yarn: spec.Yarn) -> float:
     return gain(yarn.mscale) / gain(yarn.mscale_all) if yarn.mscale and yarn.mscale_all else gain(1.0)
 
 
-def long_rope(long: spec.LongRope, plain: Tensor, positions: Tensor) -> Tensor:
+def long_rope(long: spec.LongRope, period: Tensor, positions: Tensor) -> Tensor:
     """One divisor per angle, from the long list once a row is longer than the original context (Phi-3)."""
-    pick = torch.where(reach(positions) > long.original, plain.new_tensor(long.long), plain.new_tensor(long.short))
-    return plain / pick
+    pick = torch.where(reach(positions) > long.original, period.new_tensor(long.long), period.new_tensor(long.short))
+    return 1.0 / (pick * period)
 
 
 def long_gain(long: spec.LongRope) -> float:
@@ -164,26 +182,26 @@ def long_gain(long: spec.LongRope) -> float:
 def grid(height: int, width: int, *, order: str = "yx", reference: tuple[int, int] | None = None, offset: float = 0.0,
          device: torch.device | None = None) -> Tensor:
     """(height * width, 2) coordinates of patches in row order; `reference` stretches the grid to that (h, w)."""
-    ys = torch.arange(height, device=device, dtype=torch.float32)
-    xs = torch.arange(width, device=device, dtype=torch.float32)
+    ys = torch.arange(height, device=device, dtype=torch.float32) + offset
+    xs = torch.arange(width, device=device, dtype=torch.float32) + offset
     if reference is not None:
         ys, xs = ys / height * reference[0], xs / width * reference[1]
-    return product(ys + offset, xs + offset, order)
+    return product(ys, xs, order)
 
 
 def centred_grid(height: int, width: int, *, normalise: str = "separate", device: torch.device | None = None) -> Tensor:
-    """(height * width, 2) patch centres (y, x) in [-1, 1]; `normalise` divides by each side, or by the `min` or `max` side
-    (DINOv3)."""
-    by_side = {"separate": (height, width), "min": (min(height, width),) * 2, "max": (max(height, width),) * 2}[normalise]
-    ys = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / by_side[0]
-    xs = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / by_side[1]
+    """(height * width, 2) patch centres (y, x) in [-1, 1]; `normalise` divides by each side, or by the `min` or the
+    `max` side (DINOv3)."""
+    sides = (height, width) if normalise == "separate" else (dict(min=min, max=max)[normalise](height, width),) * 2
+    ys = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / sides[0]
+    xs = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / sides[1]
     return product(2 * ys - 1, 2 * xs - 1, "yx")
 
 
 def jitter(coords: Tensor, *, shift: float = 0.0, stretch: float = 1.0, rescale: float = 1.0,
            generator: torch.Generator | None = None) -> Tensor:
-    """DINOv3's training augmentation of centred coords (N, 2): a shift in [-shift, shift] per axis, a log-uniform factor up
-    to `stretch` per axis, and one shared log-uniform factor up to `rescale`."""
+    """DINOv3's training augmentation of centred coords (N, 2): a shift in [-shift, shift] per axis, a log-uniform
+    factor up to `stretch` per axis, and one shared log-uniform factor up to `rescale`."""
     def uniform(count: int, edge: float) -> Tensor:
         draw = torch.rand(count, device=coords.device, dtype=coords.dtype, generator=generator)
         return (2 * draw - 1) * edge

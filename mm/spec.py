@@ -18,7 +18,20 @@ from mm.errors import InputError
 
 
 def spec(cls: type) -> type:
-    """A frozen, keyword-only dataclass that can be written to JSON and read back by its class name."""
+    """A frozen, keyword-only dataclass that can be written to JSON and read back by its class name.
+
+    Fields are checked against their annotations first, then by the class's own `__post_init__`.
+    """
+    further = cls.__dict__.get("__post_init__")
+
+    def check(self: Any) -> None:
+        for name, kind in field_types(cls).items():
+            value = getattr(self, name)
+            require(fits(value, kind), f"{value!r} is not a valid {cls.__name__}.{name}")
+        if further is not None:
+            further(self)
+
+    cls.__post_init__ = check
     cls = dataclass(frozen=True, kw_only=True)(cls)
     SPECS[cls.__name__] = cls
     return cls
@@ -30,6 +43,27 @@ SPECS: dict[str, type] = {}
 def require(holds: bool, sentence: str) -> None:
     if not holds:
         raise InputError(sentence)
+
+
+@cache
+def field_types(cls: type) -> dict[str, Any]:
+    return typing.get_type_hints(cls)
+
+
+def fits(value: Any, kind: Any) -> bool:
+    """Whether `value` has the annotated type `kind` (unions, literals and tuples included; an int serves as float)."""
+    origin, inner = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (types.UnionType, typing.Union):
+        return any(fits(value, option) for option in inner)
+    if origin is Literal:
+        return value in inner
+    if origin is tuple:
+        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
+    if kind in (Any, None, type(None)):
+        return kind is Any or value is None
+    if kind in (int, float):
+        return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
+    return isinstance(value, kind)
 
 
 # ---------------------------------------------------------------------------------------------- norms
@@ -106,7 +140,7 @@ Scaling = LinearScaling | DynamicNTK | Llama3Scaling | Yarn | LongRope
 
 @spec
 class Axial:
-    """Each of `axes` coordinates turns its own equal share of the angles (2-D pictures: EVA, DINOv3, Qwen2-VL vision)."""
+    """Each of `axes` coordinates turns its own equal share of the angles (2-D pictures: EVA, DINOv3)."""
 
     axes: int = 2
 
@@ -137,6 +171,24 @@ class Rope:
     frequency: float = 1.0
     scaling: Scaling | None = None
     axes: Axial | Sections | Mixed | None = None
+
+    def __post_init__(self) -> None:
+        require(not isinstance(self.axes, Mixed) or self.scaling is None, "learned mixed axes have no Rope.scaling")
+        by_band = isinstance(self.scaling, DynamicNTK | Yarn | LongRope)
+        require(not (isinstance(self.axes, Axial) and by_band), "axial rope scales by LinearScaling or Llama3Scaling")
+
+    def check(self, head_dim: int) -> None:
+        """Raises InputError unless the angles fit heads of this width."""
+        width = self.dim or head_dim
+        require(0 < width <= head_dim and width % 2 == 0,
+                f"Rope.dim must be even and at most head_dim {head_dim}, not {width}")
+        if isinstance(self.axes, Axial | Mixed):
+            require(width // 2 % self.axes.axes == 0, f"{width // 2} angles cannot be shared by {self.axes.axes} axes")
+        if isinstance(self.axes, Sections):
+            require(sum(self.axes.sizes) == width // 2, f"Sections.sizes must add up to {width // 2} angles")
+        if isinstance(self.scaling, LongRope):
+            counts = {len(self.scaling.short), len(self.scaling.long)}
+            require(counts == {width // 2}, f"LongRope.short and long must hold {width // 2} factors each")
 
 
 @spec
@@ -212,9 +264,10 @@ class Attention:
     def __post_init__(self) -> None:
         require(min(self.heads, self.kv_heads, self.head_dim) > 0, "Attention needs positive heads and head_dim")
         require(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
-        rotated = (self.rope.dim or self.head_dim) if self.rope else 0
-        require(rotated % 2 == 0 and rotated <= self.head_dim,
-                f"rope.dim must be even and at most head_dim {self.head_dim}, not {rotated}")
+        if self.rope is not None:
+            self.rope.check(self.head_dim)
+            mixed = isinstance(self.rope.axes, Mixed)
+            require(not mixed or self.heads == self.kv_heads, "learned mixed axes need a key head per query head")
 
 
 @spec
@@ -256,8 +309,8 @@ class Layer:
     residual_post  norm(x + f(x))                     BERT, the original
     parallel       x + mixer(norm(x)) + mlp(norm(x))  GPT-J, Falcon; `parallel_norms`: two norms (GPT-NeoX)
 
-    `mixer_norm` False leaves out the norm before the mixer (ModernBERT's first layer). `layer_scale` is the initial value
-    of the branches' learned scale; `drop_path` the probability that a row skips a branch while training.
+    `mixer_norm` False leaves out the norm before the mixer (ModernBERT's first layer). `layer_scale` is the initial
+    value of the branches' learned scale; `drop_path` the probability that a row skips a branch while training.
     """
 
     mixer: Attention | Differential
@@ -273,6 +326,7 @@ class Layer:
     def __post_init__(self) -> None:
         if self.placement.startswith("parallel"):
             require(self.cross is None and self.mlp is not None, "a parallel layer has an mlp and no cross-attention")
+        require(self.cross is None or self.cross.rope is None, "cross-attention has no rope: it reads another sequence")
         require(0.0 <= self.drop_path < 1.0, f"drop_path must lie in [0, 1), not {self.drop_path}")
 
 
@@ -314,7 +368,8 @@ def to_data(value: Any) -> Any:
         return {"is": type(value).__name__, **fields}
     if isinstance(value, list | tuple):
         return [to_data(item) for item in value]
-    return value
+    whole = isinstance(value, float) and value.is_integer()
+    return int(value) if whole else value  # equal specs are written alike
 
 
 def from_data(data: Any, where: str = "spec") -> Any:
@@ -323,39 +378,19 @@ def from_data(data: Any, where: str = "spec") -> Any:
         return tuple(from_data(item, f"{where}[{i}]") for i, item in enumerate(data))
     if not isinstance(data, dict):
         return data
-    cls = SPECS.get(data.get("is"))
+    cls = SPECS.get(str(data.get("is")))
     require(cls is not None, f"{where}: {data.get('is')!r} is not a kind of spec")
     kinds = field_types(cls)
     given = {key: value for key, value in data.items() if key != "is"}
     unknown = sorted(set(given) - set(kinds))
     require(not unknown, f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
     values = {key: from_data(value, f"{where}.{key}") for key, value in given.items()}
-    for key, value in values.items():
-        require(fits(value, kinds[key]), f"{where}.{key}: {value!r} is not a valid {cls.__name__}.{key}")
     missing = [f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING and f.name not in values]
     require(not missing, f"{where}: {cls.__name__} needs {', '.join(missing)}")
-    return cls(**values)
-
-
-@cache
-def field_types(cls: type) -> dict[str, Any]:
-    return typing.get_type_hints(cls)
-
-
-def fits(value: Any, kind: Any) -> bool:
-    """Whether `value` has the annotated type `kind` (unions, literals and tuples included; an int may serve as float)."""
-    origin, inner = typing.get_origin(kind), typing.get_args(kind)
-    if origin in (types.UnionType, typing.Union):
-        return any(fits(value, option) for option in inner)
-    if origin is Literal:
-        return value in inner
-    if origin is tuple:
-        return isinstance(value, tuple) and all(fits(item, inner[0]) for item in value)
-    if kind in (Any, None, type(None)):
-        return kind is Any or value is None
-    if kind in (int, float):
-        return not isinstance(value, bool) and isinstance(value, int if kind is int else (int, float))
-    return isinstance(value, kind)
+    try:
+        return cls(**values)
+    except InputError as error:
+        raise InputError(f"{where}: {error}") from None
 
 
 def fingerprint(value: Any) -> str:
@@ -368,4 +403,8 @@ def to_json(value: Any) -> str:
 
 
 def from_json(text: str) -> Any:
-    return from_data(json.loads(text))
+    try:
+        data = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise InputError(f"a spec should be JSON: {error}") from None
+    return from_data(data)

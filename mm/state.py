@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Self
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -38,8 +38,10 @@ class State:
         return pytree.tree_map_only(Tensor, lambda x: x.index_select(0, rows), self)
 
     def insert(self, rows: Tensor, other: State) -> None:
-        """Overwrite the rows with these indices (n,) by the n rows of another state of the same module."""
+        """Overwrite the rows with these indices (n,) by the n rows of another state of the same module and length."""
         self.match(other.fingerprint)
+        wanted = {name: (len(rows), *shape[1:]) for name, shape in shapes(self).items()}
+        compare("the other state", shapes(other), wanted)
         for (_, mine), (_, theirs) in zip(tensors(self), tensors(other), strict=True):
             mine.index_copy_(0, rows, theirs)
 
@@ -56,14 +58,27 @@ class State:
 
     def load(self, path: str | Path) -> Self:
         """Fill this state with a saved one; raises InputError when it came from another model, batch or length."""
-        with safe_open(path, "pt") as file:
-            self.match((file.metadata() or {}).get("fingerprint", "unknown"))
-            for name, mine in tensors(self):
-                shape = tuple(file.get_slice(name).get_shape()) if name in file.keys() else None  # noqa: SIM118
-                if shape != tuple(mine.shape):
-                    raise InputError(f"{path}: {name} has shape {shape}, this state {tuple(mine.shape)}")
-                mine.copy_(file.get_tensor(name))
+        try:
+            with safe_open(path, "pt") as file:
+                saved = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+                fingerprint = (file.metadata() or {}).get("fingerprint", "unknown")
+        except (OSError, SafetensorError) as error:
+            raise InputError(f"{path} is not a saved state: {error}") from None
+        self.match(fingerprint)
+        compare(str(path), {name: tuple(x.shape) for name, x in saved.items()}, shapes(self))
+        for name, mine in tensors(self):
+            mine.copy_(saved[name])
         return self
+
+
+def shapes(state: State) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(x.shape) for name, x in tensors(state)}
+
+
+def compare(source: str, given: dict[str, tuple[int, ...]], wanted: dict[str, tuple[int, ...]]) -> None:
+    for name in wanted | given:
+        if given.get(name) != wanted.get(name):
+            raise InputError(f"{source}: {name} has shape {given.get(name)}, expected {wanted.get(name)}")
 
 
 @dataclass
@@ -92,10 +107,10 @@ class Slots:
         return self.table.shape[1] - 1
 
     def write(self, at: At) -> Write:
-        position = at.position
+        position = at.position.expand(len(self.table), -1)
         index = torch.where(position >= 0, position % self.size, self.size)
-        document = torch.zeros_like(position) if at.document is None else at.document
-        prefix = torch.zeros_like(position) if at.prefix is None else at.prefix.to(position.dtype)
+        document = torch.zeros_like(position) if at.document is None else at.document.expand_as(position)
+        prefix = torch.zeros_like(position) if at.prefix is None else at.prefix.expand_as(position).to(position.dtype)
         entry = torch.stack([position.clamp(min=EMPTY), document, prefix], -1)
         self.table.scatter_(1, index.unsqueeze(-1).expand(-1, -1, 3), entry)
         return Write(index, self.at(at.document is not None, at.prefix is not None))
@@ -118,9 +133,9 @@ class KVCache:
     def write(self, k: Tensor, v: Tensor, to: Write) -> tuple[Tensor, Tensor, At]:
         """Store new keys and values (B, K, T, *); returns everything held and where it is."""
         index = to.index[:, None, :, None]
-        self.k.scatter_(2, index.expand_as(k), k)
-        self.v.scatter_(2, index.expand_as(v), v)
-        return self.k, self.v, to.k_at
+        self.k.scatter_(2, index.expand_as(k), k.to(self.k.dtype))
+        self.v.scatter_(2, index.expand_as(v), v.to(self.v.dtype))
+        return self.k.to(k.dtype), self.v.to(v.dtype), to.k_at
 
 
 register(KVCache)
@@ -145,15 +160,24 @@ class StackState(State):
         self.offset.copy_(torch.maximum(self.offset, at.position.amax(1) + 1))
         return at
 
+    def check_length(self, length: int) -> None:
+        held = min((slots.size for slots in self.slots), default=length)
+        if length > held:
+            raise InputError(f"{length} tokens at once do not fit a state of length {held}")
+
     def reset(self, rows: Tensor | None = None) -> None:
         """Forget everything, or the rows (B,) bool."""
         rows = torch.ones_like(self.offset, dtype=torch.bool) if rows is None else rows
         self.offset.masked_fill_(rows, 0)
         for slots in self.slots:
             slots.table[..., 0].masked_fill_(rows[:, None], EMPTY)
+        for cache in self.caches:  # an empty slot must not hold NaN: even with weight 0 it would spread
+            cache.k.masked_fill_(rows[:, None, None, None], 0)
+            cache.v.masked_fill_(rows[:, None, None, None], 0)
 
     def rewind(self, length: Tensor) -> None:
-        """Forget the tokens at positions >= length (B,), for example drafts that were not accepted."""
+        """Forget the tokens at positions >= length (B,), for example drafts that were not accepted. A layer with a
+        window can go back by as many tokens as `chunk`: what lay before them is overwritten."""
         self.offset.copy_(torch.minimum(self.offset, length))
         for slots in self.slots:
             position = slots.table[..., 0]
@@ -163,11 +187,13 @@ class StackState(State):
 register(StackState, meta=("fingerprint", "chunk"))
 
 
-def check_state(state: Any, fingerprint: str, batch: int) -> None:
+def check_state(state: Any, fingerprint: str, batch: int, rows: Tensor | None) -> None:
     """A state fits this model and batch, and nobody wants gradients through it."""
     state.match(fingerprint)
     if state.offset.shape[0] != batch:
         raise InputError(f"the state holds {state.offset.shape[0]} rows and the input {batch}")
+    if rows is not None and (rows.dtype != torch.bool or tuple(rows.shape) != (batch,)):
+        raise InputError(f"rows should be ({batch},) bool, not {tuple(rows.shape)} {rows.dtype}")
     if torch.is_grad_enabled():
         raise InputError("a state is updated in place: call the model under torch.no_grad()")
 

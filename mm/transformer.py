@@ -25,7 +25,7 @@ class Transformer(nn.Module):
 
     def __init__(self, stack: spec.Stack):
         super().__init__()
-        self.stack = stack
+        self.stack, self.fingerprint = stack, spec.fingerprint(stack)
         self.blocks = nn.ModuleList(Block(stack.dim, layer, stack.memory_dim) for layer in stack.layers)
         self.final_norm = build_norm(stack.final_norm, stack.dim)
         self.bias = build_bias(stack.relative, attention(stack.layers[0]).heads) if stack.layers else None
@@ -35,7 +35,11 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of std D^-0.5 into a branch and (2 L D)^-0.5 out of it (GPT-2, CLIP)."""
+        """Normal weights of std D^-0.5 into a branch and (2 L D)^-0.5 out of it (GPT-2, CLIP); the rest as each module
+        begins. Complete: it also fills a stack that was made on the meta device."""
+        for module in self.modules():
+            if module is not self and hasattr(module, "reset_parameters"):
+                module.reset_parameters()
         dim, depth = self.stack.dim, max(len(self.blocks), 1)
         for name, parameter in self.named_parameters():
             if parameter.ndim != 2 or not name.endswith("weight") or name.startswith("bias"):
@@ -44,7 +48,7 @@ class Transformer(nn.Module):
             deep = dim**-0.5 * (2 * depth) ** -0.5
             nn.init.normal_(parameter, std=deep if name.endswith((".out.weight", ".down.weight")) else shallow)
         for name, parameter in self.named_parameters():
-            if name.endswith(".bias") and ".mlp." in name or name.endswith(".out.bias"):
+            if name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
     def checkpoint_blocks(self, every: int = 1) -> None:
@@ -65,11 +69,12 @@ class Transformer(nn.Module):
     def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None, memory: Tensor | None,
             memory_at: At | None, keep: bool = False) -> list[Tensor]:
         """[input and output of every block] when they are kept, otherwise [the last]."""
-        self.check(x, memory)
+        self.check(x, at, memory)
         if state is not None:
-            check_state(state, self.fingerprint(), len(x))
+            check_state(state, self.fingerprint, len(x), rows)
             if state.chunk is not None and x.shape[1] > state.chunk:
                 return [self.in_chunks(x, at, state, rows, memory, memory_at)]
+            state.check_length(x.shape[1])
             at = state.advance(at, x.shape[1], rows)
         at = along(*x.shape[:2], device=x.device) if at is None else at
         if memory is not None and memory_at is None:
@@ -102,9 +107,6 @@ class Transformer(nn.Module):
             out.append(self.run(x[:, start:stop], piece, state, rows, memory, memory_at)[-1])
         return torch.cat(out, 1)
 
-    def fingerprint(self) -> str:
-        return spec.fingerprint(self.stack)
-
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
                    device: torch.device | str | None = None) -> StackState:
         """An empty stream of `batch` rows. A layer with a window keeps `left + chunk` slots, one without `length`;
@@ -117,16 +119,22 @@ class Transformer(nn.Module):
         caches = []
         for block, size in zip(self.blocks, sizes, strict=True):
             heads, *widths = block.mixer.cached
-            caches.append(KVCache(*(torch.zeros(batch, heads, size + 1, w, dtype=dtype, device=device) for w in widths)))
+            k, v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
+            caches.append(KVCache(k, v))
         ring = any(size != length for size in sizes)
         offset = torch.zeros(batch, dtype=torch.long, device=device)
-        return StackState(offset, slots, caches, self.fingerprint(), chunk if ring else None)
+        return StackState(offset, slots, caches, self.fingerprint, chunk if ring else None)
 
-    def check(self, x: Tensor, memory: Tensor | None) -> None:
-        if x.ndim != 3 or x.shape[-1] != self.stack.dim:
-            raise InputError(f"expected (B, T, {self.stack.dim}), got {tuple(x.shape)}")
-        if memory is None and any(layer.cross for layer in self.stack.layers):
-            raise InputError("this stack has cross-attention: give it memory (B, S, M)")
+    def check(self, x: Tensor, at: At | None, memory: Tensor | None) -> None:
+        if x.ndim != 3 or x.shape[-1] != self.stack.dim or not x.shape[1]:
+            raise InputError(f"expected (B, T, {self.stack.dim}) with T of at least 1, got {tuple(x.shape)}")
+        if at is not None and tuple(at.position.shape) not in ((1, x.shape[1]), tuple(x.shape[:2])):
+            raise InputError(f"positions {tuple(at.position.shape)} do not fit tokens {tuple(x.shape)}")
+        width = self.stack.memory_dim or self.stack.dim
+        if any(layer.cross for layer in self.stack.layers):
+            shape = None if memory is None else tuple(memory.shape)
+            if shape is None or len(shape) != 3 or (shape[0], shape[2]) != (len(x), width):
+                raise InputError(f"cross-attention needs memory ({len(x)}, S, {width}), not {shape}")
 
 
 def shared_rope(layer: spec.Layer) -> tuple[spec.Rope, int] | None:

@@ -30,6 +30,8 @@ def register(cls: type, meta: tuple[str, ...] = ()) -> type:
 
 def tensors(x: Any) -> Iterator[tuple[str, Tensor]]:
     """(dotted name, tensor) for every tensor in a tree."""
+    def step(key: Any) -> str:
+        return str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key))))
     for path, leaf in pytree.tree_flatten_with_path(x)[0]:
         if isinstance(leaf, Tensor):
-            yield ".".join(str(getattr(key, "name", getattr(key, "key", getattr(key, "idx", key)))) for key in path), leaf
+            yield ".".join(map(step, path)), leaf

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -57,7 +57,7 @@ def along(batch: int, length: int, *, device: torch.device | None = None, coords
 
 
 def padded(mask: Tensor) -> At:
-    """Positions that count only the tokens where mask (B, T) is true, left- or right-padded; the others do not exist."""
+    """Positions that count only the tokens where mask (B, T) is true, wherever the padding is."""
     mask = mask.bool()
     return At(torch.where(mask, mask.long().cumsum(1) - 1, EMPTY))
 
@@ -94,8 +94,3 @@ def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
 def all_visible(q_at: At, k_at: At, sight: Sight) -> bool:
     """Whether, by structure alone, every query sees every key."""
     return q_at.regular and k_at.regular and sight == EVERYWHERE
-
-
-def shifted(at: At, by: Tensor) -> At:
-    """The same tokens `by` (B,) positions later; padding stays padding."""
-    return replace(at, position=torch.where(at.position >= 0, at.position + by[:, None], at.position), regular=False)

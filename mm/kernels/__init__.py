@@ -18,13 +18,15 @@ CAUSAL_ONLY = Sight(right=0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, sight: Sight = EVERYWHERE,
-           q_turn: Turn | None = None, k_turn: Turn | None = None, bias: Bias | None = None, sinks: Tensor | None = None,
-           softcap: float = 0.0, scale: float | None = None, dropout: float = 0.0) -> Tensor:
+           q_turn: Turn | None = None, k_turn: Turn | None = None, bias: Bias | None = None,
+           sinks: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
+           dropout: float = 0.0) -> Tensor:
     """Softmax attention: q (B, H, T, E), k (B, K, S, E), v (B, K, S, F) -> (B, H, T, F), H a multiple of K.
 
-    q_at, k_at: where the tokens are; with `sight` they decide who sees whom. q_turn, k_turn: rotary embeddings still to be
-    applied (keys from a cache come rotated). bias: called per tile, added to the scores after the softcap. sinks: (H,)
-    logits that take weight and give nothing. A query that sees nothing gives 0. Raises InputError on mismatched shapes.
+    q_at, k_at: where the tokens are; with `sight` they decide who sees whom. q_turn, k_turn: rotary embeddings still to
+    be applied (keys from a cache come rotated). bias: called per tile, added to the scores after the softcap.
+    sinks: (H,) logits that take weight and give nothing. A query that sees nothing gives 0.
+    Raises InputError on mismatched shapes.
     """
     problem = Problem(q_at, k_at, sight, q.shape[-1] ** -0.5 if scale is None else scale, q_turn, k_turn, bias, sinks,
                       softcap, dropout)

@@ -49,13 +49,15 @@ def check(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> None:
             raise InputError(f"attend: {name} must be (B, H, T, E), not of shape {tuple(x.shape)}")
     (b, h, t, e), (bk, kv, s, ek) = q.shape, k.shape
     if b != bk or v.shape[:3] != k.shape[:3]:
-        raise InputError(f"attend: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not belong together")
+        raise InputError(f"attend: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if e != ek:
         raise InputError(f"attend: queries are {e} wide and keys {ek}")
     if h % kv:
         raise InputError(f"attend: {h} query heads cannot share {kv} key/value heads")
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(f"attend: q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
+    if problem.sinks is not None and tuple(problem.sinks.shape) != (h,):
+        raise InputError(f"attend: {h} query heads need sinks ({h},), not {tuple(problem.sinks.shape)}")
     for name, at, length in (("q_at", problem.q_at, t), ("k_at", problem.k_at, s)):
         if at.position.ndim != 2 or at.position.shape[1] != length or at.position.shape[0] not in (1, b):
             raise InputError(f"attend: {name} has positions {tuple(at.position.shape)} for {b} rows of {length} tokens")

@@ -20,13 +20,14 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     length = q.shape[2]
     if length <= ROWS:
         return tile(q, k, v, problem)
-    again = torch.is_grad_enabled() and any(x.requires_grad for x in (q, k, v))
+    again = torch.is_grad_enabled()
     out = []
     for start in range(0, length, ROWS):
         rows = (start, min(start + ROWS, length))
         keys = reachable(problem, rows, k.shape[2])
         args = (q[:, :, slice(*rows)], k[:, :, slice(*keys)], v[:, :, slice(*keys)], problem.tile(rows, keys))
-        out.append(checkpoint(tile, *args, use_reentrant=False) if again else tile(*args))
+        out.append(checkpoint(tile, *args, use_reentrant=False, preserve_rng_state=problem.dropout > 0) if again
+                   else tile(*args))
     return torch.cat(out, 2)
 
 

@@ -1,0 +1,19 @@
+"""Weights that ship in the package."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from mm.errors import InputError
+
+
+def emoji_clip() -> Path:
+    """The directory of the small CLIP trained on emoji by `mm train clip --config clip_emoji.yaml`.
+
+    Raises InputError when this installation lacks it.
+    """
+    path = Path(__file__).parent / "emoji_clip"
+    if not (path / "model.safetensors").is_file():
+        raise InputError(f"the shipped weights are not at {path}: install the package again, or train them with "
+                         "`mm train clip --config clip_emoji.yaml`")
+    return path

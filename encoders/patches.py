@@ -1,0 +1,74 @@
+"""Pictures as tokens: the patch projection, learned positions on a grid of any size, and patch dropout."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from mm.positions import resample_grid, sinusoid_2d
+
+from . import spec
+
+Size = tuple[int, int]
+
+
+class Patchify(nn.Module):
+    """pixels (B, C, h, w) -> (B, N, D), row by row."""
+
+    def __init__(self, dim: int, settings: spec.Patches):
+        super().__init__()
+        self.settings = settings
+        self.weight = nn.Parameter(torch.empty(dim, settings.channels, *settings.size))
+        self.bias = nn.Parameter(torch.empty(dim)) if settings.bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight[0].numel() ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, pixels: Tensor) -> Tensor:
+        s = self.settings
+        if s.stride not in (None, s.size):
+            return F.conv2d(pixels, self.weight, self.bias, s.stride).flatten(2).transpose(1, 2)
+        (rows, columns), (ph, pw) = s.grid(*pixels.shape[-2:]), s.size
+        whole = pixels[..., : rows * ph, : columns * pw]
+        patches = whole.unflatten(3, (columns, pw)).unflatten(2, (rows, ph)).permute(0, 2, 4, 1, 3, 5)
+        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+
+
+class GridPositions(nn.Module):
+    """A table (prefix + N, D) of positions, laid over the grid at hand."""
+
+    def __init__(self, dim: int, grid: Size, prefix: int, settings: spec.GridTable):
+        super().__init__()
+        self.grid, self.settings = grid, settings
+        self.prefix = prefix if settings.prefix else 0
+        self.weight = nn.Parameter(torch.empty(self.prefix + grid[0] * grid[1], dim), requires_grad=not settings.fixed)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if not self.settings.fixed:
+            nn.init.normal_(self.weight, std=self.weight.shape[1] ** -0.5)
+            return
+        with torch.no_grad():
+            self.weight[: self.prefix] = 0
+            self.weight[self.prefix :] = sinusoid_2d(*self.grid, self.weight.shape[1])
+
+    def forward(self, grid: Size) -> Tensor:
+        """(prefix + N, D) for this grid."""
+        if grid == self.grid:
+            return self.weight
+        table = resample_grid(self.weight[self.prefix :], self.grid, grid, mode=self.settings.mode,
+                              antialias=self.settings.antialias)
+        return torch.cat([self.weight[: self.prefix], table])
+
+
+def drop_patches(x: Tensor, prefix: int, rate: float) -> Tensor:
+    """x (B, N, D) -> (B, fewer, D): a random share 1 - rate of each row's patches, all prefix tokens (FLIP, 2022)."""
+    batch, length = x.shape[0], x.shape[1] - prefix
+    kept = max(1, int(length * (1 - rate)))
+    chosen = torch.rand(batch, length, device=x.device).topk(kept).indices + prefix
+    index = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), chosen], 1)
+    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))

@@ -1,0 +1,121 @@
+"""From tokens to one vector: pools, and the head that pools, normalises and projects."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from mm.attention import CrossAttention
+from mm.mlp import Mlp
+from mm.norm import build_norm
+from mm.spec import Attention
+from mm.visibility import along, padded
+
+from . import spec
+from .spec import ArgmaxPool, EosPool, MaxPool, MeanPool, ProbePool, QueryPool, TokenPool
+
+
+class Simple(nn.Module):
+    """The pools without weights. x: (B, N, D) -> (B, D).
+
+    prefix: how many tokens come before the patches. ids: (B, N), where the pool looks for one. real: (B, N) bool, the
+    tokens that are not padding, or None.
+    """
+
+    def __init__(self, settings: TokenPool | MeanPool | MaxPool | ArgmaxPool | EosPool):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x: Tensor, prefix: int = 0, ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        match self.settings:
+            case TokenPool(index=index):
+                return x[:, index]
+            case MeanPool(prefix=True) | MaxPool(prefix=True):
+                prefix = 0
+            case ArgmaxPool():
+                return pick(x, ids.argmax(-1))
+            case EosPool(id=eos):
+                return pick(x, (ids == eos).int().argmax(-1))
+        x, real = x[:, prefix:], None if real is None else real[:, prefix:, None]
+        if isinstance(self.settings, MaxPool):
+            return (x if real is None else x.masked_fill(~real, -torch.inf)).amax(1)
+        return x.mean(1) if real is None else (x * real).sum(1) / real.sum(1).clamp(min=1)
+
+
+class ProbePooling(nn.Module):
+    """x: (B, N, D) -> (B, D)."""
+
+    def __init__(self, dim: int, settings: ProbePool):
+        super().__init__()
+        self.probe = nn.Parameter(torch.empty(1, dim))
+        self.attention = cross_attention(dim, dim, settings.heads)
+        self.norm = build_norm(settings.norm, dim)
+        self.mlp = Mlp(dim, settings.mlp)
+        nn.init.normal_(self.probe, std=dim**-0.5)
+
+    def forward(self, x: Tensor, prefix: int = 0, ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        y = ask(self.attention, self.probe, x, real)
+        return (y + self.mlp(self.norm(y)))[:, 0]
+
+
+class QueryPooling(nn.Module):
+    """x: (B, N, D) -> (B, settings.dim)."""
+
+    def __init__(self, dim: int, settings: QueryPool):
+        super().__init__()
+        self.query = nn.Parameter(torch.empty(settings.queries, settings.dim))
+        self.query_norm, self.token_norm = build_norm(settings.norm, settings.dim), build_norm(settings.norm, dim)
+        self.attention = cross_attention(settings.dim, dim, settings.heads)
+        self.norm = build_norm(settings.norm, settings.dim)
+        self.then = Simple(settings.then)
+        nn.init.normal_(self.query)
+
+    def forward(self, x: Tensor, prefix: int = 0, ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        y = ask(self.attention, self.query_norm(self.query), self.token_norm(x), real)
+        return self.then(self.norm(y), prefix=1)
+
+
+def cross_attention(dim: int, memory_dim: int, heads: int) -> CrossAttention:
+    return CrossAttention(dim, memory_dim, Attention(heads=heads, kv_heads=heads, head_dim=dim // heads))
+
+
+def ask(attention: CrossAttention, query: Tensor, x: Tensor, real: Tensor | None) -> Tensor:
+    """Learned queries (Q, M) over tokens (B, N, D) -> (B, Q, M)."""
+    query = query.expand(x.shape[0], -1, -1)
+    x_at = along(*x.shape[:2], device=x.device) if real is None else padded(real)
+    return attention(query, along(*query.shape[:2], device=x.device), x, x_at)
+
+
+def pick(x: Tensor, index: Tensor) -> Tensor:
+    """The token at index (B,) of each row."""
+    return x[torch.arange(x.shape[0], device=x.device), index]
+
+
+def build_pool(settings: spec.Pool, dim: int) -> nn.Module:
+    match settings:
+        case ProbePool():
+            return ProbePooling(dim, settings)
+        case QueryPool():
+            return QueryPooling(dim, settings)
+    return Simple(settings)
+
+
+class Head(nn.Module):
+    """How a tower ends: `pooled` gives (B, D), `proj` of it (B, E)."""
+
+    def __init__(self, dim: int, settings: spec.Head):
+        super().__init__()
+        width = settings.width(dim)
+        self.pool = build_pool(settings.pool, dim)
+        self.norm = build_norm(settings.norm, width)
+        self.proj = nn.Linear(width, settings.proj.dim, bias=settings.proj.bias) if settings.proj else nn.Identity()
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        if isinstance(self.proj, nn.Linear):
+            nn.init.normal_(self.proj.weight, std=self.proj.in_features**-0.5)
+            if self.proj.bias is not None:
+                nn.init.zeros_(self.proj.bias)
+
+    def pooled(self, x: Tensor, prefix: int = 0, ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        return self.norm(self.pool(x, prefix, ids, real))

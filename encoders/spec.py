@@ -1,0 +1,186 @@
+"""Encoders as data: patches, position tables, pools, heads, towers and pairs of towers, beside the core's `mm.spec`."""
+
+from __future__ import annotations
+
+import math
+from typing import Literal
+
+from mm.errors import InputError
+from mm.spec import LayerNorm, Mlp, Norm, Stack, require, spec
+
+
+# --------------------------------------------------------------------------------------------- pictures
+@spec
+class Patches:
+    """The projection of patches of `size` (height, width) pixels, `stride` apart (None: side by side)."""
+
+    size: tuple[int, ...]
+    stride: tuple[int, ...] | None = None
+    channels: int = 3
+    bias: bool = True
+
+    def __post_init__(self) -> None:
+        for name in ("size", "stride"):
+            pair = getattr(self, name)
+            require(pair is None or (len(pair) == 2 and min(pair) > 0), f"Patches.{name} must be two positive numbers")
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """How many patches a picture of this many pixels has, down and across; an incomplete last one is left out."""
+        (ph, pw), (sh, sw) = self.size, self.stride or self.size
+        if height < ph or width < pw:
+            raise InputError(f"a picture of {height} x {width} pixels has no whole patch of {ph} x {pw}")
+        return (height - ph) // sh + 1, (width - pw) // sw + 1
+
+
+@spec
+class GridTable:
+    """One learned vector per patch, and per prefix token where `prefix`; other grids are reached by interpolation.
+    `fixed` starts as 2-D sinusoids and is not trained (MAE, CLIPA)."""
+
+    prefix: bool = True
+    mode: Literal["bicubic", "bilinear"] = "bicubic"
+    antialias: bool = True
+    fixed: bool = False
+
+
+# ------------------------------------------------------------------------------------------------ heads
+@spec
+class TokenPool:
+    """The token at `index`: 0 the class token, -1 the last."""
+
+    index: int = 0
+
+
+@spec
+class MeanPool:
+    """The mean of the patches, and of the prefix tokens too where `prefix`."""
+
+    prefix: bool = False
+
+
+@spec
+class MaxPool:
+    """The largest value of each channel over the patches, and the prefix tokens too where `prefix`."""
+
+    prefix: bool = False
+
+
+@spec
+class ArgmaxPool:
+    """The token with the largest id, the first one if several: OpenAI CLIP's end of text."""
+
+
+@spec
+class EosPool:
+    """The first token whose id is `id`, or the first of all where there is none."""
+
+    id: int
+
+
+@spec
+class ProbePool:
+    """Attention by one learned query, then a residual MLP (MAP; Zhai et al., 2021; SigLIP)."""
+
+    heads: int
+    mlp: Mlp
+    norm: Norm = LayerNorm(eps=1e-6)
+
+
+@spec
+class QueryPool:
+    """Attention by `queries` learned vectors of width `dim`, normalised, of which `then` makes one (OpenCLIP's
+    attentional pooler)."""
+
+    queries: int
+    heads: int
+    dim: int
+    then: TokenPool | MeanPool
+    norm: Norm = LayerNorm()
+
+    def __post_init__(self) -> None:
+        require(self.dim % self.heads == 0, f"QueryPool.dim {self.dim} cannot be split over {self.heads} heads")
+
+
+Pool = TokenPool | MeanPool | MaxPool | ArgmaxPool | EosPool | ProbePool | QueryPool
+
+
+@spec
+class Projection:
+    dim: int
+    bias: bool = False
+
+
+@spec
+class Head:
+    """How a tower ends: `pool`, then a norm, then a projection."""
+
+    pool: Pool
+    norm: Norm | None = None
+    proj: Projection | None = None
+
+    def width(self, dim: int) -> int:
+        """The width of a pooled vector where tokens are `dim` wide."""
+        return self.pool.dim if isinstance(self.pool, QueryPool) else dim
+
+
+# ----------------------------------------------------------------------------------------------- towers
+@spec
+class ViTSpec:
+    """`image` is the (height, width) in pixels that the position table was made for; any other size is served too.
+    Tokens are `cls` class tokens, `registers`, then patches row by row."""
+
+    image: tuple[int, ...]
+    patches: Patches
+    stack: Stack
+    head: Head
+    cls: int = 1
+    registers: int = 0
+    positions: GridTable | None = GridTable()
+    pre_norm: Norm | None = None
+    patch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(len(self.image) == 2, "ViTSpec.image must be (height, width)")
+        require(min(self.cls, self.registers) >= 0, "ViTSpec.cls and registers must not be negative")
+        require(0.0 <= self.patch_dropout < 1.0, f"patch_dropout must lie in [0, 1), not {self.patch_dropout}")
+        require(not isinstance(self.head.pool, ArgmaxPool | EosPool), "a picture has no token ids to pool by")
+        self.patches.grid(*self.image)
+
+
+@spec
+class TextSpec:
+    """`context` is the longest text in tokens. With `pad`, tokens of that id are neither seen nor pooled; without it
+    they count as text, as in CLIP and SigLIP."""
+
+    vocab: int
+    context: int
+    stack: Stack
+    head: Head
+    pad: int | None = None
+
+    def __post_init__(self) -> None:
+        require(min(self.vocab, self.context) > 0, "TextSpec.vocab and context must be positive")
+
+
+@spec
+class CLIPSpec:
+    """Two towers that end in one space. `logit_scale` (the logarithm) and `logit_bias` are where training starts."""
+
+    image: ViTSpec
+    text: TextSpec
+    logit_scale: float = math.log(1 / 0.07)
+    logit_bias: float | None = None
+
+    def __post_init__(self) -> None:
+        image, text = out_dim(self.image), out_dim(self.text)
+        require(image == text, f"image features are {image} wide and text features {text}")
+
+    @property
+    def dim(self) -> int:
+        """The width of the shared space."""
+        return out_dim(self.image)
+
+
+def out_dim(tower: ViTSpec | TextSpec) -> int:
+    """The width of a tower's features."""
+    return tower.head.proj.dim if tower.head.proj else tower.head.width(tower.stack.dim)

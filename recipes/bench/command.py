@@ -1,0 +1,26 @@
+"""`mm bench NAME`: each benchmark measures ours and the peer in one process and prints the ratio."""
+
+from __future__ import annotations
+
+import importlib
+
+from mm.errors import InputError
+
+BENCHES = {
+    "clip": ("mm.recipes.bench.clip:clip", "ViT-B/32 encode and training step against open_clip"),
+    "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),
+    "imports": ("mm.recipes.bench.imports:imports", "what `import mm` costs beside `import torch`"),
+    "emojicross": ("mm.recipes.bench.emojicross:emojicross", "unseen styles and concepts against floors without a network"),
+}
+
+
+def bench(argv: list[str]) -> int:
+    """Exit status 1 when a case falls short of its threshold."""
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mm bench NAME [--json FILE]\n")
+        print("\n".join(f"  {name:<12}{text}" for name, (_, text) in BENCHES.items()))
+        return 0
+    if argv[0] not in BENCHES:
+        raise InputError(f"there is no benchmark {argv[0]!r}; there are {', '.join(BENCHES)}")
+    module, function = BENCHES[argv[0]][0].split(":")
+    return getattr(importlib.import_module(module), function)(argv[1:])

@@ -1,0 +1,126 @@
+"""How every benchmark measures and reports: ours and the peer in turns, one table, one JSON file, one exit status."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from mm.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Timing:
+    """Median seconds per call; `ratio` says how many times faster ours is."""
+
+    ours: float
+    peer: float
+
+    @property
+    def ratio(self) -> float:
+        return self.peer / self.ours
+
+
+@dataclass(frozen=True, kw_only=True)
+class Case:
+    """One line of a report: `ratio` says how many times better ours is, and passes from `at_least` on.
+
+    A case without `at_least` is only told. `unit` is that of `ours` and `peer`.
+    """
+
+    case: str
+    ours: float
+    unit: str
+    peer: float | None = None
+    ratio: float | None = None
+    at_least: float | None = None
+    ok: bool = field(init=False)
+
+    def __post_init__(self) -> None:
+        if self.at_least is not None and self.ratio is None:
+            raise InputError(f"the case {self.case!r} has a threshold but no ratio")
+        object.__setattr__(self, "ok", self.at_least is None or self.ratio >= self.at_least)
+
+    @classmethod
+    def timed(cls, case: str, timing: Timing, at_least: float | None = None) -> Case:
+        return cls(case=case, ours=timing.ours, peer=timing.peer, ratio=timing.ratio, at_least=at_least, unit="s")
+
+
+def interleave(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, warmup: int = 1) -> Timing:
+    """Calls both in turns, the order swapped every time, after `warmup` untimed calls of each."""
+    for _ in range(warmup):
+        ours()
+        peer()
+    spent: dict[Callable[[], Any], list[float]] = {ours: [], peer: []}
+    for repeat in range(repeats):
+        for call in (ours, peer) if repeat % 2 == 0 else (peer, ours):
+            start = time.perf_counter()
+            call()
+            spent[call].append(time.perf_counter() - start)
+    return Timing(ours=statistics.median(spent[ours]), peer=statistics.median(spent[peer]))
+
+
+def report(bench: str, cases: Sequence[Case], *, packages: Sequence[str], json_file: str | None = None) -> int:
+    """Prints the cases, writes the JSON file if one is named, and returns exit status 1 if a case falls short.
+
+    `packages` are the distributions whose versions matter. Raises InputError when the file cannot be written.
+    """
+    about = {"bench": bench, "machine": machine(), "versions": versions(packages), "threads": threads()}
+    Console().print(as_table(bench, cases), f"{about['machine']}, {about['threads']} threads", sep="\n")
+    if json_file:
+        text = json.dumps({**about, "cases": [asdict(case) for case in cases]}, indent=2)
+        try:
+            Path(json_file).write_text(text + "\n", "utf-8")
+        except OSError as error:
+            raise InputError(f"--json {json_file}: cannot be written ({error.strerror})") from None
+    return 0 if all(case.ok for case in cases) else 1
+
+
+def as_table(bench: str, cases: Sequence[Case]) -> Table:
+    table = Table("case", title=f"mm bench {bench}")
+    for column in ("ours", "peer", "unit", "ratio", "at least", ""):
+        table.add_column(column, justify="left" if column == "unit" else "right")
+    for case in cases:
+        numbers = [_short(case.ours), _short(case.peer), case.unit, _short(case.ratio), _short(case.at_least)]
+        table.add_row(case.case, *numbers, "" if case.at_least is None else "ok" if case.ok else "SHORT")
+    return table
+
+
+def _short(number: float | None) -> str:
+    return "" if number is None else f"{number:.4g}"
+
+
+def machine() -> str:
+    """Processor, cores that this process may use, memory, system."""
+    name = platform.processor() or platform.machine()
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        found = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
+        name = found[0] if found else name
+    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
+    return f"{name}, {cores()} cores, {gigabytes:.0f} GiB, {platform.system()}"
+
+
+def cores() -> int:
+    """The cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def threads() -> int:
+    import torch
+
+    return torch.get_num_threads()
+
+
+def versions(packages: Sequence[str]) -> dict[str, str]:
+    return {"python": platform.python_version(), **{name: importlib.metadata.version(name) for name in packages}}

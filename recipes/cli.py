@@ -1,0 +1,62 @@
+"""The `mm` command: a table of subcommands, each imported only when it is called."""
+
+from __future__ import annotations
+
+import importlib
+import sys
+
+COMMANDS = {
+    "demo": ("mm.recipes.demo.command:demo", "search emoji pictures in the browser with the weights that ship here"),
+    "index": ("mm.recipes.search.index:index", "write or refresh the search index of a folder of pictures"),
+    "search": ("mm.recipes.search.query:search", "find the pictures of an index that match a text or a picture"),
+    "classify": ("mm.recipes.search.classify:classify", "sort a folder of pictures by labels, zero-shot"),
+    "train": ("mm.recipes.train.command:train", "train a model: mm train clip --config clip_emoji.yaml"),
+    "eval": ("mm.recipes.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
+    "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip or mm"),
+    "info": ("mm.recipes.info:info", "what a checkpoint is: parts, parameters, memory, FLOPs, preprocessing"),
+    "bench": ("mm.recipes.bench.command:bench", "measure this package against its peers"),
+}
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; a mistake of the user's is one line on stderr and exit status 2."""
+    argv = sys.argv[1:] if argv is None else argv
+    if not argv or argv[0] in ("-h", "--help", "help"):
+        print(usage())
+        return 0
+    if argv[0] in ("-V", "--version"):
+        from mm import __version__
+        print(f"mm {__version__}")
+        return 0
+    if argv[0] not in COMMANDS:
+        return complain(f"there is no command {argv[0]!r}; there are {', '.join(COMMANDS)}")
+    return run(argv[0], argv[1:])
+
+
+def run(name: str, argv: list[str]) -> int:
+    from mm.errors import InputError
+    module, function = COMMANDS[name][0].split(":")
+    try:
+        return getattr(importlib.import_module(module), function)(argv) or 0
+    except InputError as error:
+        return complain(str(error))
+    except KeyboardInterrupt:
+        return complain("interrupted", status=130)
+    except BrokenPipeError:
+        sys.stderr.close()
+        return 0
+
+
+def complain(sentence: str, status: int = 2) -> int:
+    print(f"mm: {sentence}", file=sys.stderr)
+    return status
+
+
+def usage() -> str:
+    width = max(map(len, COMMANDS))
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+    return f"usage: mm COMMAND ...\n\n{rows}\n\n`mm COMMAND --help` tells the options of each."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""`mm eval`: zero-shot accuracy on a folder of classes, recall on pictures with captions, and EmojiCross."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from mm.errors import InputError
+
+from .search.arguments import device_option, positive
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from ..encoders.clip import CLIP
+    from .data.pairs import Pair, Pairs
+
+
+def evaluate(argv: list[str]) -> int:
+    args = _arguments().parse_args(argv)
+    from .search.classify import choose_templates
+    from .search.embed import Embedder
+
+    templates = choose_templates(args.templates)
+    source = open_source(args.data, templates)
+    meter = Meter(clip=Embedder.load(args.model, args.device).clip, templates=templates, batch=args.batch)
+    values = meter(source)
+    if args.json:
+        print(json.dumps({"model": args.model, "data": args.data, **values, "skipped": len(meter.skipped)}, indent=2))
+    else:
+        print("\n".join(f"{name:<12}{value:7.2f} %" for name, value in flat(values)))
+    for sentence in meter.skipped.values():
+        print(f"skipped {sentence}", file=sys.stderr)
+    return 0
+
+
+def _arguments() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="mm eval", description="Measure a CLIP on pictures with classes or captions.")
+    parser.add_argument("model", metavar="MODEL", help="checkpoint, hub name or directory")
+    parser.add_argument("data", metavar="DATA", help="a folder of classes, pairs as for mm train clip, or emojicross")
+    parser.add_argument("--templates", default="photo", help="for classes: a named set of prompts, or one with {}")
+    parser.add_argument("--batch", type=positive, default=64, help="pictures per forward pass (default: 64)")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    device_option(parser)
+    return parser
+
+
+def open_source(path: str, templates: Sequence[str]) -> dict[str, Pairs]:
+    """What to measure on, by split: the three of "emojicross", or one without a name of any source of pairs."""
+    from .data.pairs import emojicross_tests, read_pairs
+
+    return emojicross_tests() if path == "emojicross" else {"": read_pairs(path, templates)}
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """("S1 i2t R@1", 12.5) for every measure."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from flat(value, f"{prefix}{name} ")
+        else:
+            yield prefix + name, value
+
+
+@dataclass(kw_only=True)
+class Meter:
+    """Measures a model, in percent; `skipped` collects what was wrong with pictures that could not be read."""
+
+    clip: CLIP
+    templates: Sequence[str]
+    batch: int = 64
+    skipped: dict[str, str] = field(default_factory=dict)
+
+    def __call__(self, source: dict[str, Pairs]) -> dict[str, Any]:
+        """{"top-1", "top-5"} of classes, {"i2t": {"R@1", "R@5", "R@10"}, "t2i": ...} of pairs, by split if it has a
+        name. Raises InputError when no picture can be read."""
+        import torch
+
+        training = self.clip.training
+        self.clip.eval()
+        try:
+            with torch.inference_mode():
+                values = {split: self._classes(pairs) if pairs.classes else self._recall(pairs)
+                          for split, pairs in source.items()}
+        finally:
+            self.clip.train(training)
+        return values.get("", values)
+
+    def _classes(self, pairs: Pairs) -> dict[str, float]:
+        from ..encoders.zeroshot import zeroshot_classifier
+        from .metrics import recall, unit
+
+        classes = zeroshot_classifier(self.clip, list(pairs.classes), self.templates).float().cpu()
+        features, items = self.images(pairs)
+        found = recall(unit(features) @ classes, [pair.group for pair in items], range(len(pairs.classes)), (1, 5))
+        return {"top-1": found["R@1"], "top-5": found["R@5"]}
+
+    def _recall(self, pairs: Pairs) -> dict[str, dict[str, float]]:
+        from .metrics import retrieval
+
+        features, items = self.images(pairs)
+        captions = [(text, pair.group) for pair in items for text in pair.captions]
+        texts = self.texts([text for text, _ in captions])
+        return retrieval(features, texts, [pair.group for pair in items], [group for _, group in captions])
+
+    def images(self, pairs: Pairs) -> tuple[Tensor, list[Pair]]:
+        """Features (n, E) of the pictures that can be read, and their items."""
+        import torch
+
+        from .search.pictures import batches, read_ahead
+
+        features, items = [], []
+        for rows in batches(read_ahead(pairs.items, self._read), self.batch):
+            good = [(pair, pixels) for pair, pixels in rows if not isinstance(pixels, InputError)]
+            self.skipped |= {pair.picture.name: str(error) for pair, error in rows if isinstance(error, InputError)}
+            if good:
+                pixels = torch.stack([pixels for _, pixels in good]).to(self.clip.logit_scale.device)
+                features.append(self.clip.encode_image(pixels).float().cpu())
+                items += [pair for pair, _ in good]
+        if not items:
+            raise InputError(f"{pairs.where}: none of {len(pairs)} pictures can be read, the last because "
+                             f"{list(self.skipped.values())[-1]}")
+        return torch.cat(features), items
+
+    def _read(self, pair: Pair) -> Tensor:
+        try:
+            return self.clip.preprocess(pair.picture.open())
+        except OSError as error:
+            raise InputError(f"{pair.picture.name}: {error.strerror or error}") from None
+
+    def texts(self, texts: Sequence[str]) -> Tensor:
+        """Features (n, E)."""
+        import torch
+
+        parts = (self.clip.tokenize(texts[i : i + 256]) for i in range(0, len(texts), 256))
+        return torch.cat([self.clip.encode_text(ids.to(self.clip.logit_scale.device)).float().cpu() for ids in parts])

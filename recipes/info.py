@@ -1,0 +1,149 @@
+"""`mm info`: what a checkpoint is, and what it costs."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..encoders.clip import CLIP
+
+PARTS = {  # the longest prefix of a parameter's name counts
+    "image": "image embeddings", "image.stack": "image layers", "image.head": "image layers",
+    "text": "text embeddings", "text.stack": "text layers", "text.head": "text layers",
+    "image.head.proj": "projections", "text.head.proj": "projections", "logit": "scale and bias"}
+
+
+def info(argv: list[str]) -> int:
+    """The command: a table on stdout, or JSON."""
+    parser = argparse.ArgumentParser(prog="mm info", description="What a checkpoint is: family, parameters per part, "
+                                     "memory, FLOPs per picture and text, preprocessing, tokenizer.")
+    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, or a hub name")
+    parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
+    parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
+    options = parser.parse_args(argv)
+    report = describe(options.model, allow_pickle=options.allow_pickle)
+    if options.json:
+        print(json.dumps(report, indent=2, ensure_ascii=False))
+    else:
+        show(report)
+    return 0
+
+
+def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
+    """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
+    that a broken one is an InputError."""
+    from mm import checkpoint
+
+    from ..encoders import CLIP, families
+
+    folder = checkpoint.resolve(name, families.WEIGHT_PATTERNS)
+    layout = families.recognise(folder).layout
+    clip = CLIP.from_pretrained(folder, allow_pickle=allow_pickle)
+    counts = count_parameters(clip)
+    total = sum(counts.values())
+    return {"model": str(name), "family": "CLIP", "layout": layout, "dtype": str(clip.logit_scale.dtype).split(".")[1],
+            "parameters": counts | {"total": total}, "bytes": {"float32": 4 * total, "bfloat16": 2 * total},
+            "flops": count_flops(clip), "image": image_facts(clip), "text": text_facts(clip), "features": clip.spec.dim,
+            "logit_scale": math.exp(clip.logit_scale.item()), "preprocessing": asdict(clip.preprocessing)}
+
+
+def count_parameters(clip: CLIP) -> dict[str, int]:
+    counts = dict.fromkeys(dict.fromkeys(PARTS.values()), 0)
+    for name, value in clip.named_parameters():
+        counts[PARTS[max(filter(name.startswith, PARTS), key=len)]] += value.numel()
+    return counts
+
+
+def count_flops(clip: CLIP) -> dict[str, int]:
+    """FLOPs of one picture of the model's own size, and of one text that fills the context."""
+    import torch
+    from torch.utils.flop_counter import FlopCounterMode
+
+    image, text, found = clip.spec.image, clip.spec.text, {}
+    with torch.device("meta"), torch.no_grad():
+        twin = type(clip)(clip.spec)
+        for kind, encode, value in (
+                ("image", twin.encode_image, torch.empty(1, image.patches.channels, *image.image)),
+                ("text", twin.encode_text, torch.zeros(1, text.context, dtype=torch.int64))):
+            with FlopCounterMode(display=False) as counter:
+                encode(value)
+            found[kind] = counter.get_total_flops()
+    return found
+
+
+def image_facts(clip: CLIP) -> dict[str, Any]:
+    image = clip.spec.image
+    across, down = image.patches.grid(*image.image)
+    return {"size": list(image.image), "patch": list(image.patches.size),
+            "tokens": across * down + image.cls + image.registers, **stack_facts(image.stack)}
+
+
+def text_facts(clip: CLIP) -> dict[str, Any]:
+    text, tokenizer = clip.spec.text, clip.tokenizer
+    told = None if tokenizer is None else {"entries": tokenizer.vocab_size, "clean": tokenizer.clean,
+                                           "start": tokenizer.bos_id, "end": tokenizer.eos_id, "pad": tokenizer.pad_id}
+    return {"context": text.context, "vocabulary": text.vocab, "tokenizer": told, **stack_facts(text.stack)}
+
+
+def stack_facts(stack: Any) -> dict[str, Any]:
+    from mm.spec import attention
+
+    return {"layers": len(stack.layers), "width": stack.dim, "heads": attention(stack.layers[0]).heads,
+            "act": stack.layers[0].mlp.act}
+
+
+def show(report: dict[str, Any]) -> None:
+    """The report as tables for a person."""
+    from rich.console import Console
+    from rich.table import Table
+
+    counts, facts = Table("part", "parameters", "share"), Table(show_header=False)
+    for column in counts.columns[1:]:
+        column.justify = "right"
+    for part, count in report["parameters"].items():
+        counts.add_row(part, f"{count:,}", f"{count / report['parameters']['total']:.1%}")
+    for name, sentence in sentences(report).items():
+        facts.add_row(name, sentence)
+    console = Console(highlight=False)
+    console.print(f"{report['model']}: {report['family']} in the {report['layout']} layout, {report['dtype']}",
+                  markup=False, soft_wrap=True)
+    console.print(counts, facts, sep="\n")
+
+
+def sentences(report: dict[str, Any]) -> dict[str, str]:
+    image, text, pixels, work = (report[key] for key in ("image", "text", "preprocessing", "flops"))
+    token = text["tokenizer"]
+    return {
+        "memory": ", ".join(f"{size / 1e6:,.1f} MB in {kind}" for kind, size in report["bytes"].items()),
+        "work": f"{flops(work['image'])} per picture, {flops(work['text'])} per text (two per multiply-add)",
+        "image tower": f"{side(image['size'])} pixels in patches of {side(image['patch'])}, {image['tokens']} tokens, "
+                       f"{tower(image)}",
+        "text tower": f"context {text['context']}, vocabulary {text['vocabulary']:,}, {tower(text)}",
+        "features": f"{report['features']}, cosines times {report['logit_scale']:.2f}",
+        "preprocessing": f"{pixels['resize']} to {side(pixels['edge'] or pixels['size'])}, {pixels['interpolation']}, "
+                         f"crop {side(pixels['size'])}, mean {numbers(pixels['mean'])}, std {numbers(pixels['std'])}",
+        "tokenizer": "none in its files" if token is None else f"{token['entries']:,} entries, cleaning "
+                     f"{token['clean']}, start {token['start']}, end {token['end']}, padding {token['pad']}"}
+
+
+def flops(count: int) -> str:
+    for power, unit in ((12, "TFLOP"), (9, "GFLOP"), (6, "MFLOP")):
+        if count >= 10**power:
+            return f"{count / 10**power:.2f} {unit}"
+    return f"{count:,} FLOP"
+
+
+def side(pair: list[int]) -> str:
+    return f"{pair[0]} x {pair[1]}"
+
+
+def tower(facts: dict[str, Any]) -> str:
+    return f"{facts['layers']} layers of width {facts['width']} with {facts['heads']} heads, {facts['act']}"
+
+
+def numbers(values: list[float]) -> str:
+    return " ".join(f"{value:.4g}" for value in values)

@@ -1,0 +1,173 @@
+"""The index on disk: one LanceDB table with a row per picture, and what it must never be mixed with."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from mm.errors import InputError
+
+TABLE = "pictures"
+VERSION = "1"
+ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
+PROBES = 32  # partitions compared per query
+KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
+TEXTS = ("path", "hash", "caption")
+NUMBERS = ("size", "mtime_ns", "width", "height")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Row:
+    """A picture as indexed: bytes, nanoseconds, pixels, a digest of the file, a unit vector (E,)."""
+
+    path: str
+    size: int
+    mtime_ns: int
+    hash: str
+    caption: str
+    width: int
+    height: int
+    vector: np.ndarray
+
+
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A picture found; `score` is the exact cosine."""
+
+    path: str
+    score: float
+    caption: str
+
+
+class Index:
+    """An open index. Every change is committed before the call returns; readers see whole commits only."""
+
+    def __init__(self, path: Path, table: Any) -> None:
+        self.path, self.table = path, table
+        schema = table.schema
+        about = schema.field("vector").metadata or {}
+        self.model, self.fingerprint = about[b"model"].decode(), about[b"fingerprint"].decode()
+        self.folder = Path(schema.field("path").metadata[b"folder"].decode())
+        self.dim = schema.field("vector").type.list_size
+
+    @classmethod
+    def create(cls, path: str | Path, *, model: str, fingerprint: str, dim: int, folder: Path) -> Index:
+        """An empty index of a folder's pictures as `model` sees them. Raises InputError where something else lies."""
+        import lancedb
+        import pyarrow as pa
+
+        path = Path(path).expanduser()
+        if path.is_file() or path.is_dir() and set(entry.name for entry in path.iterdir()) - {f"{TABLE}.lance"}:
+            raise InputError(f"{path} exists and is no index of pictures; give --to another name")
+        vector = pa.field("vector", pa.list_(pa.float32(), dim), metadata={"model": model, "fingerprint": fingerprint})
+        fields = [pa.field("path", pa.string(), nullable=False, metadata={"folder": str(folder)})]
+        fields += [pa.field(name, pa.string()) for name in TEXTS[1:]] + [pa.field(name, pa.int64()) for name in NUMBERS]
+        schema = pa.schema([*fields, vector], metadata={"mm": VERSION})
+        return cls(path, lancedb.connect(path).create_table(TABLE, schema=schema))
+
+    @classmethod
+    def open(cls, path: str | Path) -> Index:
+        """Raises InputError when there is no index, or one of another layout."""
+        path = Path(path).expanduser()
+        if not cls.exists(path):
+            raise InputError(f"{path} is no index of pictures; `mm index PHOTOS/ --model MODEL --to {path}` writes one")
+        import lancedb
+
+        try:
+            table = lancedb.connect(path).open_table(TABLE)
+        except (ValueError, RuntimeError, OSError) as error:
+            raise InputError(f"{path}: the index cannot be read ({error})") from None
+        if (written := (table.schema.metadata or {}).get(b"mm", b"none").decode()) != VERSION:
+            raise InputError(f"{path}: the index has layout {written}, expected {VERSION}; write it anew")
+        return cls(path, table)
+
+    @staticmethod
+    def exists(path: str | Path) -> bool:
+        """Whether anything was ever committed there."""
+        versions = Path(path).expanduser() / f"{TABLE}.lance" / "_versions"
+        return versions.is_dir() and any(versions.iterdir())
+
+    def __len__(self) -> int:
+        return self.table.count_rows()
+
+    def check_model(self, name: str, fingerprint: str) -> None:
+        """Raises InputError, naming both, when the vectors come from another model."""
+        if fingerprint != self.fingerprint:
+            raise InputError(
+                f"{self.path} was written by the model {self.model} ({self.fingerprint}), not by {name} ({fingerprint})"
+            )
+
+    def move(self, folder: Path) -> None:
+        """The pictures now lie in another folder, under the same relative paths."""
+        self.table.update_field_metadata({"path": "path", "metadata": {"folder": str(folder)}})
+        self.folder = folder
+
+    def known(self) -> dict[str, dict[str, Any]]:
+        """size, mtime_ns, hash and caption of every row, by path."""
+        columns = ["path", "size", "mtime_ns", "hash", "caption"]
+        rows = self.table.search().select(columns).limit(max(1, len(self))).to_arrow().to_pylist()
+        return {row["path"]: row for row in rows}
+
+    def put(self, rows: Sequence[Row]) -> None:
+        """Adds rows, or replaces those of the same path; one commit."""
+        import pyarrow as pa
+
+        if not rows:
+            return
+        columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in TEXTS + NUMBERS}
+        flat = np.concatenate([row.vector for row in rows]).astype(np.float32)
+        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), self.dim)
+        self._merge(columns)
+
+    def touch(self, rows: Sequence[dict[str, Any]]) -> None:
+        """New size, mtime_ns and caption for known paths whose pictures are the same; one commit."""
+        if rows:
+            self._merge({name: [row[name] for row in rows] for name in ("path", "size", "mtime_ns", "caption")})
+
+    def _merge(self, columns: dict[str, Any]) -> None:
+        import pyarrow as pa
+
+        schema = pa.schema([self.table.schema.field(name) for name in columns])
+        merge = self.table.merge_insert("path").when_matched_update_all()
+        if "vector" in columns:
+            merge = merge.when_not_matched_insert_all()
+        merge.execute(pa.table(columns, schema=schema))
+
+    def remove(self, paths: Iterable[str]) -> None:
+        paths = ["'" + path.replace("'", "''") + "'" for path in paths]
+        for start in range(0, len(paths), 1000):
+            self.table.delete(f"path IN ({', '.join(paths[start : start + 1000])})")
+
+    def optimize(self) -> None:
+        """Keeps a large table partitioned, and compacts it."""
+        from lancedb.index import IvfFlat
+
+        rows, stats = len(self), self.table.index_stats("vector_idx")
+        stale = stats is None or stats.num_unindexed_rows > stats.num_indexed_rows // 4 or stats.num_indices > 8
+        if rows >= ANN_ROWS and stale:
+            config = IvfFlat(distance_type="cosine", num_partitions=math.isqrt(rows))
+            self.table.create_index("vector", config=config)
+        self.compact()
+
+    def compact(self) -> None:
+        """Joins small files and drops old states."""
+        self.table.optimize(cleanup_older_than=KEEP)
+
+    def nearest(self, vector: np.ndarray, top: int) -> list[Match]:
+        """The `top` rows with the largest cosine to `vector` (E,), best first.
+
+        Exact below ANN_ROWS rows; above, all rows of the PROBES nearest partitions are compared exactly.
+        Raises InputError when the width differs.
+        """
+        if vector.shape != (self.dim,):
+            raise InputError(f"{self.path} holds vectors of shape ({self.dim},), the query has shape {vector.shape}")
+        query = self.table.search(vector).distance_type("cosine").nprobes(PROBES).limit(top)
+        found = query.select(["path", "caption", "_distance"]).to_arrow().to_pydict()
+        rows = zip(found["path"], found["_distance"], found["caption"], strict=True)
+        return [Match(path=path, score=1.0 - distance, caption=caption) for path, distance, caption in rows]

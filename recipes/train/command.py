@@ -1,0 +1,66 @@
+"""`mm train KIND`: settings from a YAML file and from dotted options, checked before anything heavy is imported."""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+import sys
+from pathlib import Path
+from typing import Any
+
+from mm.errors import InputError
+
+KINDS = {"clip": ("mm.recipes.train.fit_clip:fit", "a CLIP from pairs of pictures and captions")}
+CONFIGS = Path(__file__).parent.parent / "configs"
+
+
+def train(argv: list[str]) -> int:
+    if not argv or argv[0] in ("-h", "--help"):
+        print("usage: mm train KIND [--config FILE] [--NAME VALUE ...]\n")
+        print("\n".join(f"  {kind:<10}{text}" for kind, (_, text) in KINDS.items()))
+        return 0
+    if argv[0] not in KINDS:
+        raise InputError(f"there is nothing to train called {argv[0]!r}; there is {', '.join(KINDS)}")
+    from .settings import ClipJob
+
+    job = parse(ClipJob, f"mm train {argv[0]}", argv[1:])
+    module, function = KINDS[argv[0]][0].split(":")
+    getattr(importlib.import_module(module), function)(job)
+    return 0
+
+
+def parse(settings: type, prog: str, argv: list[str]) -> Any:
+    """An instance of the dataclass from `--config FILE` (a path, or the name of one that is shipped) and options such
+    as `--data.path FILE`, the later ones winning. Raises InputError."""
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(prog=prog, exit_on_error=False, description=(settings.__doc__ or "").strip())
+    parser.add_argument("--config", action="config", help="YAML file of settings: a path, or " + ", ".join(shipped()))
+    parser.add_class_arguments(settings)
+    try:
+        values = parser.parse_args([config_path(argv, i) for i in range(len(argv))])
+    except ArgumentError as error:
+        raise InputError(" ".join(str(error).split())) from None
+    made = parser.instantiate(values)
+    return settings(**{field.name: made[field.name] for field in dataclasses.fields(settings)})
+
+
+def shipped() -> list[str]:
+    return sorted(file.name for file in CONFIGS.glob("*.yaml"))
+
+
+def config_path(argv: list[str], i: int) -> str:
+    """Argument i, made a path where it names a shipped configuration."""
+    option, equals, value = argv[i].partition("=")
+    if option == "--config" and equals:
+        return f"--config={found(value)}"
+    return found(argv[i]) if i and argv[i - 1] == "--config" else argv[i]
+
+
+def found(name: str) -> str:
+    own = CONFIGS / Path(name).with_suffix(".yaml").name
+    return str(own) if not Path(name).exists() and own.exists() and Path(name).parent == Path() else name
+
+
+if __name__ == "__main__":
+    sys.exit(train(sys.argv[1:]))

@@ -1,0 +1,136 @@
+"""What surrounds the steps of a run: logs, evaluation, checkpoints, progress, and an account of what went wrong."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import lightning
+import torch
+from torch import nn
+from torch.utils.tensorboard import SummaryWriter
+
+from mm.errors import InputError
+
+from ..data.module import Batch
+from ..search.progress import Bar
+from .curves import plot
+from .run import LAST, CsvLog
+from .settings import Trainer
+
+COLUMNS = ("loss", "lr", "gradient", "scale")
+TRAIN, VALIDATION, CURVES = "train.csv", "validation.csv", "curves.png"
+Measure = Callable[[nn.Module], dict[str, float]]
+
+
+class Watch(lightning.Callback):
+    """Logs each step, evaluates the averaged weights with `measure` and saves, at their intervals and at the end.
+
+    Raises InputError when the loss is no longer finite; nothing is saved after that step. `measured` is the last
+    evaluation, `seconds` the time spent so far, and `notes` holds {kind: {key: sentence}} of unreadable pictures and
+    cut captions; a continued run goes on counting.
+    """
+
+    def __init__(self, out: Path, settings: Trainer, measure: Measure | None) -> None:
+        self.out, self.settings, self.measure = out, settings, measure
+        self.notes: dict[str, dict[str, str]] = {}
+        self.measured: dict[str, float] = {}
+        self.seconds = 0.0
+        self.rows: list[dict[str, Any]] = []
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"notes": self.notes, "measured": self.measured, "seconds": self.seconds}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.notes, self.measured, self.seconds = (state_dict[key] for key in ("notes", "measured", "seconds"))
+
+    def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.chief, self.began, self.clock = trainer.is_global_zero, trainer.global_step, time.monotonic()
+        if self.chief:
+            self.log, self.validation = CsvLog(self.out / TRAIN, COLUMNS), None
+            self.log.open(self.began)
+            self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.began + 1)
+            self.bar = Bar("training", trainer.max_steps - self.began).__enter__()
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+                           ) -> None:
+        step = trainer.global_step
+        self.rows.append({"step": step, **module.last})
+        for kind, key, sentence in batch.notes:
+            if key not in self.notes.setdefault(kind, {}):
+                self.notes[kind][key] = sentence
+                self.say(sentence)
+        log, evaluate, save = (step == trainer.max_steps or step % every == 0 for every in
+                               (self.settings.log, self.settings.evaluate, self.settings.save))
+        if log or evaluate or save:
+            self.flush()
+        if evaluate and self.measure and self.chief:
+            self.evaluate(trainer, self.measure(module.average))
+        if save:
+            self.save(trainer)
+        if self.chief:
+            self.bar.step()
+
+    def flush(self) -> None:
+        """Writes the rows of the steps since the last time."""
+        rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.rows]
+        self.rows = []
+        for row in rows:
+            if not math.isfinite(row["loss"]):
+                raise InputError(f"the loss is {row['loss']} at step {row['step']}: the run stops; a lower optim.lr, a "
+                                 "longer optim.warmup or a smaller optim.clip may help")
+        if self.chief:
+            self.log.write(rows)
+            for row in rows:
+                for name in COLUMNS:
+                    self.board.add_scalar(f"train/{name}", row[name], row["step"])
+
+    def evaluate(self, trainer: lightning.Trainer, measured: dict[str, float]) -> None:
+        step, self.measured = trainer.global_step, measured
+        if self.validation is None:
+            self.validation = CsvLog(self.out / VALIDATION, tuple(measured))
+            self.validation.open(step - 1)
+        self.validation.write([{"step": step, **measured}])
+        for name, value in measured.items():
+            self.board.add_scalar(name, value, step)
+        pace = (time.monotonic() - self.clock) / (step - self.began)
+        left = pace * (trainer.max_steps - step) / 60
+        table = ", ".join(f"{name} {value:.1f}" for name, value in measured.items())
+        self.say(f"step {step} of {trainer.max_steps}: {table} ({pace:.2f} s a step, {left:.0f} min left)")
+
+    def save(self, trainer: lightning.Trainer) -> None:
+        now = time.monotonic()
+        self.seconds, self.clock, self.began = self.seconds + now - self.clock, now, trainer.global_step
+        trainer.save_checkpoint(self.out / LAST)
+
+    def say(self, sentence: str) -> None:
+        if self.chief:
+            self.bar.say(sentence)
+
+    def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
+        self.notes = merged(self.notes, trainer.world_size)
+        self.close()
+        if self.chief:
+            validation = self.out / VALIDATION
+            plot(self.out / TRAIN, validation if validation.exists() else None, self.out / CURVES)
+
+    def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        self.close()
+
+    def close(self) -> None:
+        if self.chief:
+            self.bar.__exit__()
+            self.board.close()
+
+
+def merged(notes: dict[str, dict[str, str]], world: int) -> dict[str, dict[str, str]]:
+    """The notes of all processes."""
+    if world == 1:
+        return notes
+    parts: list[Any] = [None] * world
+    torch.distributed.all_gather_object(parts, notes)
+    kinds = {kind for part in parts for kind in part}
+    return {kind: {key: text for part in parts for key, text in part.get(kind, {}).items()} for kind in kinds}

@@ -1,0 +1,323 @@
+"""Streaming state: any chunking, pausing, resetting, joining and rewinding gives what the whole sequence gives."""
+
+import subprocess
+import sys
+from itertools import pairwise
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support import attention, close, model, stack
+from torch.utils import _pytree as pytree
+
+from mm import spec
+from mm.errors import InputError
+from mm.spec import CAUSAL, Rope, Sight
+from mm.tree import tensors
+from mm.visibility import At, along, padded
+
+ROWS, LENGTH, CHUNK = 3, 64, 3
+RINGS = (attention(sight=Sight(left=4, right=0), rope=Rope(), sinks=True), attention(sight=Sight(right=0, chunk=5)))
+MIX = (*RINGS, attention(sight=CAUSAL, rope=Rope(layout="interleaved"), extra_key=True, gate="head"))
+DIFFERENTIAL = spec.Differential(base=attention(heads=2, kv_heads=1, sight=Sight(left=2, right=0), rope=Rope()),
+                                 lambda_init=0.4)
+LATE_NORM = attention(sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True))
+STACKS = {
+    "rings": stack(*RINGS),
+    "static": stack(attention(sight=CAUSAL, softcap=3.0), relative=spec.Alibi()),
+    "both": stack(*MIX),
+    "buckets": stack(attention(sight=Sight(left=6, right=0)), attention(sight=CAUSAL), relative=spec.Buckets()),
+    "differential": stack(DIFFERENTIAL, LATE_NORM, placement="parallel"),
+}
+
+
+def fresh(name):
+    torch.manual_seed(0)
+    net = model(STACKS[name])
+    return net, net.init_state(ROWS, length=LENGTH, chunk=CHUNK)
+
+
+class Company:
+    """A state beside the tokens that each row has been given; every step is compared with the whole sequence."""
+
+    def __init__(self, name):
+        self.net, self.state = fresh(name)
+        self.history = [torch.zeros(0, 32) for _ in range(ROWS)]
+        self.furthest = [0] * ROWS
+
+    def step(self, length, rows):
+        x = torch.randn(ROWS, length, 32)
+        grown = [torch.cat([past, new]) if on else past for past, new, on in zip(self.history, x, rows, strict=True)]
+        if max(map(len, grown)) > LENGTH:
+            return
+        y = self.net(x, state=self.state, rows=None if all(rows) else torch.tensor(rows))
+        self.history = grown
+        self.furthest = [max(far, len(past)) for far, past in zip(self.furthest, grown, strict=True)]
+        for row, on in enumerate(rows):
+            if on:
+                close(y[row], self.net(grown[row][None])[0, -length:])
+
+    def reset(self, rows):
+        self.state.reset(None if all(rows) else torch.tensor(rows))
+        for row in range(ROWS):
+            if rows[row]:
+                self.history[row], self.furthest[row] = torch.zeros(0, 32), 0
+
+    def rewind(self, back):
+        """As far as a ring remembers: `chunk` tokens behind the furthest."""
+        length = [max(len(past) - steps, far - CHUNK, 0) for past, steps, far in
+                  zip(self.history, back, self.furthest, strict=True)]
+        length = [min(new, len(past)) for new, past in zip(length, self.history, strict=True)]
+        self.state.rewind(torch.tensor(length))
+        self.history = [past[:new] for past, new in zip(self.history, length, strict=True)]
+
+    def join(self, row, length):
+        """Another conversation takes over a row."""
+        x, other = torch.randn(1, length, 32), self.net.init_state(1, length=LENGTH, chunk=CHUNK)
+        self.net(x, state=other)
+        self.state.insert(torch.tensor([row]), other)
+        self.history[row], self.furthest[row] = x[0], length
+
+    def shuffle(self, order):
+        self.state = self.state.select(torch.tensor(order)).clone()
+        self.history, self.furthest = [self.history[i] for i in order], [self.furthest[i] for i in order]
+
+
+rows = st.lists(st.booleans(), min_size=ROWS, max_size=ROWS)
+steps = st.tuples(st.just("step"), st.integers(1, 9), rows)
+events = st.one_of(steps, steps, steps, st.tuples(st.just("reset"), rows),
+                   st.tuples(st.just("rewind"), st.lists(st.integers(0, 4), min_size=ROWS, max_size=ROWS)),
+                   st.tuples(st.just("join"), st.integers(0, ROWS - 1), st.integers(1, 20)),
+                   st.tuples(st.just("shuffle"), st.permutations(range(ROWS))))
+
+
+@pytest.mark.parametrize("name", STACKS)
+@settings(max_examples=12)
+@given(st.lists(events, min_size=4, max_size=14))
+@torch.no_grad()
+def test_any_course_of_events_equals_the_whole_sequence(name, course):
+    company = Company(name)
+    for event, *details in course:
+        getattr(company, event)(*details)
+    for _ in range(3):
+        company.step(5, [True] * ROWS)
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 50])
+@torch.no_grad()
+def test_far_past_every_window(chunk):
+    """A ring of its own size forgets nothing that it needs, whatever the chunks."""
+    net, x = model(STACKS["rings"]), torch.randn(2, 50, 32)
+    state, whole = net.init_state(2, chunk=chunk), net(x)
+    close(torch.cat([net(part, state=state) for part in x.split(7, 1)], 1), whole)
+
+
+@torch.no_grad()
+def test_a_full_static_cache_forgets_its_oldest_tokens():
+    """Past its length, a causal layer is a layer with a window of that length."""
+    net = model(stack(attention(sight=CAUSAL)))
+    near = model(stack(attention(sight=Sight(left=7, right=0))))
+    near.load_state_dict(net.state_dict())
+    x, state = torch.randn(2, 30, 32), net.init_state(2, length=8)
+    close(torch.cat([net(x[:, i:i + 1], state=state) for i in range(30)], 1), near(x))
+
+
+@torch.no_grad()
+def test_ragged_prompts_then_steps():
+    """Rows padded on either side, each as if alone; the steps go on from every row's own length."""
+    net, state = fresh("both")
+    x, steps = torch.randn(ROWS, 12, 32), torch.randn(ROWS, 4, 32)
+    real = torch.tensor([[0] * 5 + [1] * 7, [1] * 12, [1] * 4 + [0] * 8]).bool()
+    y = net(x, padded(real), state=state)
+    assert state.offset.tolist() == [7, 12, 4]
+    z = torch.cat([net(steps[:, i:i + 1], state=state) for i in range(4)], 1)
+    for row in range(ROWS):
+        alone = net(torch.cat([x[row][real[row]], steps[row]])[None])[0]
+        close(torch.cat([y[row][real[row]], z[row]]), alone)
+
+
+@torch.no_grad()
+def test_one_row_of_positions_serves_the_batch():
+    net, x = model(STACKS["both"]), torch.randn(ROWS, 3, 32)
+    _, state = fresh("both")
+    _, other = fresh("both")
+    close(net(x, along(1, 3), state=state), net(x, along(ROWS, 3), state=other), 0)
+    close(net(x, state=state), net(x, state=other), 0)
+
+
+@torch.no_grad()
+def test_a_prefix_and_documents_go_through_the_cache():
+    net = model(STACKS["static"])
+    state, x = net.init_state(1, length=20), torch.randn(1, 9, 32)
+    prefix = At(torch.arange(6)[None], prefix=torch.arange(6)[None] < 4)
+    whole = net(x, At(torch.arange(9)[None], prefix=torch.arange(9)[None] < 4))
+    close(net(x[:, :6], prefix, state=state), whole[:, :6])
+    state.reset()
+    first = net(x[:, :4], At(torch.arange(4)[None], torch.full((1, 4), 7)), state=state)
+    second = net(x[:, 4:], At(torch.arange(5)[None], torch.full((1, 5), 8)), state=state)
+    close(torch.cat([first, second], 1), torch.cat([net(x[:, :4]), net(x[:, 4:])], 1))
+
+
+# ----------------------------------------------------------------------------------- a tree of fixed tensors
+@torch.no_grad()
+def test_memory_stays_where_it_is():
+    net, state = fresh("both")
+    places = [(x.data_ptr(), x.shape) for _, x in tensors(state)]
+    for length in (1, 9, 2, 1, 1):
+        net(torch.randn(ROWS, length, 32), state=state, rows=torch.tensor([True, False, True]))
+    state.rewind(torch.tensor([1, 2, 3]))
+    state.reset(torch.tensor([True, False, False]))
+    assert places == [(x.data_ptr(), x.shape) for _, x in tensors(state)]
+
+
+@torch.no_grad()
+def test_ring_sizes_are_window_plus_chunk():
+    """left + chunk slots, one more for tokens that do not exist; equal sizes share one table."""
+    state = model(stack(*MIX, RINGS[0])).init_state(2, length=LENGTH, chunk=CHUNK)
+    assert [cache.k.shape[2] for cache in state.caches] == [4 + CHUNK + 1, 4 + CHUNK + 1, LENGTH + 1, 4 + CHUNK + 1]
+    assert len(state.slots) == 2
+
+
+@torch.no_grad()
+def test_a_step_reads_nothing_back():
+    """On the meta device every value is unknown: whatever asked for one would fail."""
+    net, state = fresh("both")
+    net, state = net.to("meta"), state.to("meta")
+    y = net(torch.randn(ROWS, 9, 32, device="meta"), state=state, rows=torch.ones(ROWS, dtype=torch.bool, device="meta"))
+    state.reset(torch.ones(ROWS, dtype=torch.bool, device="meta"))
+    assert y.shape == (ROWS, 9, 32) and y.device.type == "meta"
+
+
+@torch.no_grad()
+def test_clone_select_and_to_are_copies():
+    net, state = fresh("both")
+    net(torch.randn(ROWS, 5, 32), state=state)
+    clone, part, x = state.clone(), state.select(torch.tensor([2, 0])), torch.randn(ROWS, 1, 32)
+    net(torch.randn(ROWS, 5, 32), state=state)
+    y = net(x, state=clone)
+    close(net(x[[2, 0]], state=part), y[[2, 0]])
+    assert clone.fingerprint == state.fingerprint and clone.chunk == CHUNK
+    assert {x.device.type for _, x in tensors(state.to("meta"))} == {"meta"}
+
+
+@torch.no_grad()
+def test_a_state_is_a_pytree():
+    _, state = fresh("both")
+    leaves, form = pytree.tree_flatten(state)
+    assert all(isinstance(x, torch.Tensor) and len(x) == ROWS for x in leaves)
+    again = pytree.tree_unflatten(leaves, form)
+    assert type(again) is type(state) and again.fingerprint == state.fingerprint
+    assert [name for name, _ in tensors(state)][:3] == ["offset", "slots.0.table", "slots.1.table"]
+
+
+@torch.no_grad()
+def test_reset_forgets_even_nan():
+    net, state = fresh("both")
+    x = torch.randn(ROWS, 5, 32)
+    wanted = net(x)
+    net(x * torch.tensor([1, torch.nan, 1])[:, None, None], state=state)
+    state.reset(torch.tensor([False, True, False]))
+    close(net(x, state=state)[1], wanted[1])
+
+
+@torch.no_grad()
+def test_a_cache_in_half_the_precision():
+    net, x = model(STACKS["both"]), torch.randn(ROWS, 20, 32)
+    state = net.init_state(ROWS, length=LENGTH, dtype=torch.bfloat16)
+    y = torch.cat([net(part, state=state) for part in x.split(1, 1)], 1)
+    assert y.dtype == torch.float32 and {c.k.dtype for c in state.caches} == {torch.bfloat16}
+    close(y, net(x), 5e-2)
+
+
+# ---------------------------------------------------------------------------------------------------- files
+ELSEWHERE = """
+import sys, torch
+sys.path.insert(0, {tests!r})
+import importlib.util
+found = importlib.util.spec_from_file_location("here", {file!r})
+here = importlib.util.module_from_spec(found); found.loader.exec_module(here)
+net, state = here.fresh("both")
+with torch.no_grad():
+    print(net(torch.ones(3, 2, 32), state=state.load({path!r}))[..., 0].tolist())
+"""
+
+
+@torch.no_grad()
+def test_saved_here_and_loaded_in_another_process(tmp_path):
+    net, state = fresh("both")
+    for length in (5, 2):
+        net(torch.randn(ROWS, length, 32), state=state)
+    state.save(tmp_path / "state.safetensors")
+    names = dict(tests=str(tmp_path.joinpath(__file__).parents[1]), file=__file__, path=str(tmp_path / "state.safetensors"))
+    done = subprocess.run([sys.executable, "-c", ELSEWHERE.format(**names)], capture_output=True, text=True, check=True)
+    close(torch.tensor(eval(done.stdout)), net(torch.ones(ROWS, 2, 32), state=state)[..., 0])
+    assert [path.name for path in tmp_path.iterdir()] == ["state.safetensors"]
+
+
+@torch.no_grad()
+def test_files_that_do_not_fit_are_named_and_change_nothing(tmp_path):
+    net, state = fresh("both")
+    net(torch.randn(ROWS, 5, 32), state=state)
+    good, bad = tmp_path / "good", tmp_path / "bad"
+    state.save(good)
+    before = [x.clone() for _, x in tensors(state)]
+
+    def refuses(words, holder=state):
+        with pytest.raises(InputError, match=words):
+            holder.load(bad)
+
+    refuses("bad is not a saved state")  # no file
+    bad.write_bytes(good.read_bytes()[:-100])
+    refuses("bad is not a saved state")
+    save_file(load_file(good), bad)
+    refuses("unknown")
+    content = load_file(good)
+    del content["caches.1.k"]
+    save_file(content, bad, {"fingerprint": state.fingerprint})
+    refuses(r"caches.1.k has shape None")
+    state.save(bad)
+    refuses("made by a model", model(STACKS["rings"]).init_state(ROWS, length=LENGTH, chunk=CHUNK))
+    refuses(r"has shape \(3, ", net.init_state(ROWS, length=LENGTH + 1, chunk=CHUNK))
+    refuses(r"offset has shape \(3,\), expected \(2,\)", net.init_state(2, length=LENGTH, chunk=CHUNK))
+    assert all(torch.equal(a, b) for a, (_, b) in zip(before, tensors(state), strict=True))
+
+
+# ------------------------------------------------------------------------------------------------- mistakes
+def test_a_state_and_gradients_do_not_go_together():
+    net, state = fresh("both")
+    with pytest.raises(InputError, match="no_grad"):
+        net(torch.randn(ROWS, 1, 32), state=state)
+
+
+@torch.no_grad()
+def test_foreign_states_rows_and_lengths_are_refused():
+    net, state = fresh("both")
+    x = torch.randn(ROWS, 1, 32)
+    with pytest.raises(InputError, match="made by a model with spec"):
+        model(STACKS["rings"])(x, state=state)
+    with pytest.raises(InputError, match="holds 3 rows and the input 2"):
+        net(x[:2], state=state)
+    for wrong in (torch.ones(2, dtype=torch.bool), torch.ones(ROWS)):
+        with pytest.raises(InputError, match=r"rows should be \(3,\) bool"):
+            net(x, state=state, rows=wrong)
+    with pytest.raises(InputError, match="other state: offset has shape"):
+        state.insert(torch.tensor([0, 1]), net.init_state(1, length=LENGTH, chunk=CHUNK))
+    with pytest.raises(InputError, match="other state: "):
+        state.insert(torch.tensor([0]), net.init_state(1, length=LENGTH - 1, chunk=CHUNK))
+    static = model(STACKS["static"])
+    with pytest.raises(InputError, match="9 tokens at once do not fit a state of length 8"):
+        static(torch.randn(1, 9, 32), state=static.init_state(1, length=8))
+
+
+@pytest.mark.parametrize("sight, words", [(Sight(), "looks ahead"), (Sight(left=3, right=2), "looks 2 tokens ahead"),
+                                          (CAUSAL, "needs init_state")])
+def test_what_cannot_stream_says_so(sight, words):
+    with pytest.raises(InputError, match=words):
+        model(stack(attention(sight=sight))).init_state(1)
+
+
+def test_pairs_of_stacks_have_different_fingerprints():
+    prints = [model(settings).fingerprint for settings in STACKS.values()]
+    assert all(a != b for a, b in pairwise(sorted(prints)))
