@@ -6,13 +6,14 @@ import torch
 from torch import Tensor, nn
 
 from mm.attention import CrossAttention
+from mm.errors import InputError
 from mm.mlp import Mlp
 from mm.norm import build_norm
 from mm.spec import Attention
 from mm.visibility import along, padded
 
 from . import spec
-from .spec import ArgmaxPool, EosPool, MaxPool, MeanPool, ProbePool, QueryPool, TokenPool
+from .spec import ArgmaxPool, EosPool, FlattenPool, MaxPool, MeanPool, ProbePool, QueryPool, TokenPool
 
 
 class Simple(nn.Module):
@@ -22,7 +23,7 @@ class Simple(nn.Module):
     tokens that are not padding, or None.
     """
 
-    def __init__(self, settings: TokenPool | MeanPool | MaxPool | ArgmaxPool | EosPool):
+    def __init__(self, settings: TokenPool | MeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool):
         super().__init__()
         self.settings = settings
 
@@ -36,6 +37,8 @@ class Simple(nn.Module):
                 return pick(x, ids.argmax(-1))
             case EosPool(id=eos):
                 return pick(x, (ids == eos).int().argmax(-1))
+            case FlattenPool(tokens=tokens):
+                return flatten(x[:, prefix:], tokens)
         x, real = x[:, prefix:], None if real is None else real[:, prefix:, None]
         if isinstance(self.settings, MaxPool):
             return (x if real is None else x.masked_fill(~real, -torch.inf)).amax(1)
@@ -84,6 +87,13 @@ def ask(attention: CrossAttention, query: Tensor, x: Tensor, real: Tensor | None
     query = query.expand(x.shape[0], -1, -1)
     x_at = along(*x.shape[:2], device=x.device) if real is None else padded(real)
     return attention(query, along(*query.shape[:2], device=x.device), x, x_at)
+
+
+def flatten(x: Tensor, tokens: int) -> Tensor:
+    """(B, tokens, D) -> (B, tokens * D)."""
+    if x.shape[1] != tokens:
+        raise InputError(f"a flatten pool made for {tokens} patches cannot serve {x.shape[1]}: resize the pictures")
+    return x.flatten(1)
 
 
 def pick(x: Tensor, index: Tensor) -> Tensor:

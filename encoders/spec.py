@@ -66,6 +66,14 @@ class MaxPool:
 
 
 @spec
+class FlattenPool:
+    """All `tokens` patches side by side: every place keeps its own share of the vector, so a small tower trained on
+    little data need not learn where things are. Serves one picture size only."""
+
+    tokens: int
+
+
+@spec
 class ArgmaxPool:
     """The token with the largest id, the first one if several: OpenAI CLIP's end of text."""
 
@@ -101,7 +109,7 @@ class QueryPool:
         require(self.dim % self.heads == 0, f"QueryPool.dim {self.dim} cannot be split over {self.heads} heads")
 
 
-Pool = TokenPool | MeanPool | MaxPool | ArgmaxPool | EosPool | ProbePool | QueryPool
+Pool = TokenPool | MeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool | ProbePool | QueryPool
 
 
 @spec
@@ -120,7 +128,12 @@ class Head:
 
     def width(self, dim: int) -> int:
         """The width of a pooled vector where tokens are `dim` wide."""
-        return self.pool.dim if isinstance(self.pool, QueryPool) else dim
+        match self.pool:
+            case QueryPool(dim=own):
+                return own
+            case FlattenPool(tokens=tokens):
+                return tokens * dim
+        return dim
 
 
 # ----------------------------------------------------------------------------------------------- towers
@@ -144,6 +157,8 @@ class ViTSpec:
         require(min(self.cls, self.registers) >= 0, "ViTSpec.cls and registers must not be negative")
         require(0.0 <= self.patch_dropout < 1.0, f"patch_dropout must lie in [0, 1), not {self.patch_dropout}")
         require(not isinstance(self.head.pool, ArgmaxPool | EosPool), "a picture has no token ids to pool by")
+        require(not (isinstance(self.head.pool, FlattenPool) and self.patch_dropout),
+                "a flatten pool needs every patch: it goes with patch_dropout 0")
         self.patches.grid(*self.image)
 
 

@@ -210,8 +210,11 @@ def unpack(config: Mapping[str, Any], kind: type[S], where: str) -> S:
 def replacing(path: Path) -> Iterator[Path]:
     """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
+    part.touch()
+    mode = part.stat().st_mode  # what the umask grants, where safetensors grants the owner alone
     try:
         yield part
+        part.chmod(mode)
         with open(part, "rb") as file:
             os.fsync(file.fileno())
         os.replace(part, path)

@@ -45,6 +45,12 @@ def require(holds: bool, sentence: str) -> None:
         raise InputError(sentence)
 
 
+def require_rates(settings: Any, *names: str) -> None:
+    for name in names:
+        rate = getattr(settings, name)
+        require(0.0 <= rate < 1.0, f"{type(settings).__name__}.{name} must lie in [0, 1), not {rate}")
+
+
 @cache
 def field_types(cls: type) -> dict[str, Any]:
     return typing.get_type_hints(cls)
@@ -173,6 +179,7 @@ class Rope:
     axes: Axial | Sections | Mixed | None = None
 
     def __post_init__(self) -> None:
+        require(self.theta > 0, "Rope.theta must be positive")
         require(not isinstance(self.axes, Mixed) or self.scaling is None, "learned mixed axes have no Rope.scaling")
         by_band = isinstance(self.scaling, DynamicNTK | Yarn | LongRope)
         require(not (isinstance(self.axes, Axial) and by_band), "axial rope scales by LinearScaling or Llama3Scaling")
@@ -203,6 +210,10 @@ class Buckets:
     count: int = 32
     distance: int = 128
     two_sided: bool = True
+
+    def __post_init__(self) -> None:
+        near = self.count // (4 if self.two_sided else 2)
+        require(0 < near < self.distance, f"{self.count} buckets do not reach a distance of {self.distance}")
 
 
 @spec
@@ -263,6 +274,7 @@ class Attention:
 
     def __post_init__(self) -> None:
         require(min(self.heads, self.kv_heads, self.head_dim) > 0, "Attention needs positive heads and head_dim")
+        require_rates(self, "dropout")
         require(self.heads % self.kv_heads == 0, f"{self.heads} heads cannot share {self.kv_heads} key/value heads")
         if self.rope is not None:
             self.rope.check(self.head_dim)
@@ -298,6 +310,10 @@ class Mlp:
     inner_norm: Norm | None = None
     dropout: float = 0.0
 
+    def __post_init__(self) -> None:
+        require(self.hidden > 0, "Mlp.hidden must be positive")
+        require_rates(self, "dropout")
+
 
 @spec
 class Layer:
@@ -327,7 +343,7 @@ class Layer:
         if self.placement.startswith("parallel"):
             require(self.cross is None and self.mlp is not None, "a parallel layer has an mlp and no cross-attention")
         require(self.cross is None or self.cross.rope is None, "cross-attention has no rope: it reads another sequence")
-        require(0.0 <= self.drop_path < 1.0, f"drop_path must lie in [0, 1), not {self.drop_path}")
+        require_rates(self, "drop_path", "dropout")
 
 
 @spec

@@ -44,17 +44,19 @@ def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allo
     target = Path(os.path.abspath(target.expanduser()))
     check_target(source, target, force)
     model = CLIP.from_pretrained(source, allow_pickle=allow_pickle)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
-        fresh = Path(room) / "new"
-        model.save_pretrained(fresh, layout=layout)
-        again = CLIP.from_pretrained(fresh)
-        count, gap = compare(model, again, layout)
-        if target.exists():
-            os.rename(target, Path(room) / "old")
-        os.rename(fresh, target)
-    show(target, f"{layout} layout, {count} tensors read back bit for bit, features within {gap:.0e}",
-         differences(model, again))
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
+            fresh, old = Path(room) / "new", Path(room) / "old"
+            model.save_pretrained(fresh, layout=layout)
+            again = CLIP.from_pretrained(fresh)
+            told = compare(model, again, layout)
+            if target.exists():
+                os.rename(target, old)
+            os.rename(fresh, target)
+    except OSError as error:
+        raise InputError(f"{target} cannot be written ({error.strerror})") from None
+    show(target, f"{layout} layout, {told}", differences(model, again))
 
 
 def check_target(source: str, target: Path, force: bool) -> None:
@@ -70,9 +72,9 @@ def check_target(source: str, target: Path, force: bool) -> None:
         raise InputError(f"{target} holds more than a checkpoint ({(foreign or names)[0]}) and is not replaced")
 
 
-def compare(model: CLIP, again: CLIP, layout: str) -> tuple[int, float]:
-    """How many tensors came back, all bit for bit, and how far a picture's and a text's features moved, relative to
-    the largest. Anything lost is an InputError."""
+def compare(model: CLIP, again: CLIP, layout: str) -> str:
+    """What was found equal, in words: every tensor bit for bit, and a picture's and a text's features up to rounding.
+    Anything lost is an InputError."""
     from ..encoders.families import by_layout
 
     family = by_layout(layout)
@@ -83,7 +85,7 @@ def compare(model: CLIP, again: CLIP, layout: str) -> tuple[int, float]:
     gap = feature_gap(model, again)
     if not gap <= (1e-5 if model.logit_scale.dtype.itemsize >= 4 else 1e-1):
         raise InputError(f"nothing was written: features from the {layout} layout are {gap:.1e} away")
-    return len(before), gap
+    return f"{len(before)} tensors read back bit for bit, features {f'within {gap:.0e}' if gap else 'equal'}"
 
 
 def same(before: Tensor, after: Tensor) -> bool:

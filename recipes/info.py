@@ -47,8 +47,9 @@ def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     total = sum(counts.values())
     return {"model": str(name), "family": "CLIP", "layout": layout, "dtype": str(clip.logit_scale.dtype).split(".")[1],
             "parameters": counts | {"total": total}, "bytes": {"float32": 4 * total, "bfloat16": 2 * total},
-            "flops": count_flops(clip), "image": image_facts(clip), "text": text_facts(clip), "features": clip.spec.dim,
-            "logit_scale": math.exp(clip.logit_scale.item()), "preprocessing": asdict(clip.preprocessing)}
+            "image": image_facts(clip), "text": text_facts(clip), "features": clip.spec.dim,
+            "logit_scale": math.exp(clip.logit_scale.item()), "preprocessing": asdict(clip.preprocessing),
+            "flops": count_flops(clip.to("meta"))}
 
 
 def count_parameters(clip: CLIP) -> dict[str, int]:
@@ -59,16 +60,15 @@ def count_parameters(clip: CLIP) -> dict[str, int]:
 
 
 def count_flops(clip: CLIP) -> dict[str, int]:
-    """FLOPs of one picture of the model's own size, and of one text that fills the context."""
+    """FLOPs of one picture of the model's own size, and of one text that fills the context, of a model on "meta"."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
     image, text, found = clip.spec.image, clip.spec.text, {}
     with torch.device("meta"), torch.no_grad():
-        twin = type(clip)(clip.spec)
         for kind, encode, value in (
-                ("image", twin.encode_image, torch.empty(1, image.patches.channels, *image.image)),
-                ("text", twin.encode_text, torch.zeros(1, text.context, dtype=torch.int64))):
+                ("image", clip.encode_image, torch.empty(1, image.patches.channels, *image.image)),
+                ("text", clip.encode_text, torch.zeros(1, text.context, dtype=torch.int64))):
             with FlopCounterMode(display=False) as counter:
                 encode(value)
             found[kind] = counter.get_total_flops()

@@ -39,7 +39,8 @@ TEXT = {"vocab_size": 49408, "hidden_size": 512, "intermediate_size": 2048, "num
         "attention_dropout": 0.0, "eos_token_id": 49407}
 # Keys that CLIPModel does not read: bookkeeping, initialisation, and the generation settings that old configs list.
 HARMLESS = frozenset("""
-    _name_or_path _attn_implementation_autoset architectures model_type transformers_version torch_dtype dtype
+    _name_or_path _commit_hash _attn_implementation_autoset gradient_checkpointing architectures model_type
+    transformers_version torch_dtype dtype
     initializer_range initializer_factor projection_dim dropout bos_token_id pad_token_id sep_token_id
     return_dict output_hidden_states output_attentions torchscript use_bfloat16 tf_legacy_loss pruned_heads
     tie_word_embeddings is_encoder_decoder is_decoder cross_attention_hidden_size add_cross_attention

@@ -16,9 +16,10 @@ ROWS = 256
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
-    """q (B, H, T, E), k (B, K, S, E), v (B, K, S, F), already rotated -> (B, H, T, F)."""
+    """q (B, H, T, E), k (B, K, S, E), v (B, K, S, F), already rotated -> (B, H, T, F). A program that is exported for
+    any length is one tile."""
     length = q.shape[2]
-    if length <= ROWS:
+    if torch.compiler.is_exporting() or length <= ROWS:
         return tile(q, k, v, problem)
     again = torch.is_grad_enabled()
     out = []

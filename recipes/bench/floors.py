@@ -1,8 +1,8 @@
-"""What EmojiCross scores without a neural network,.
+"""What EmojiCross scores without a neural network.
 
 pixel-kNN (S1): the nearest training picture at 24 x 24 pixels, mean-subtracted cosine, names the concept.
-ridge (S2, S3): pixels -> TF-IDF of name and tags in closed form; a name is its own TF-IDF, the score a cosine. The
-best of three penalties is picked on the test split itself, per direction: an optimistic floor.
+ridge (S2, S3): pixels -> TF-IDF of name and tags in closed form, both centred; a name is its own TF-IDF, the score a
+cosine. The best of three penalties is picked on the test split itself, for each number: an optimistic floor.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from PIL import Image
 from ..data.emojicross import TRAIN_STYLES, EmojiSet
 from ..metrics import recall, retrieval
 
-KNN_SIDE = 24  # pixels
+SIDE = 24  # pixels
 PENALTIES = (1.0, 10.0, 30.0)
 TEST_SPLITS = ("S1", "S2", "S3")
 
 
-def pixel_features(images: np.ndarray, side: int = KNN_SIDE) -> np.ndarray:
+def pixel_features(images: np.ndarray, side: int = SIDE) -> np.ndarray:
     """(n, h, w, 3) uint8 -> (n, side * side * 3) unit rows, each picture's mean subtracted."""
     small = [np.asarray(Image.fromarray(image).resize((side, side), Image.Resampling.BOX)) for image in images]
     flat = np.stack(small).reshape(len(small), -1).astype(np.float32) / 255
@@ -66,22 +66,24 @@ def knn_floor(data: EmojiSet) -> dict[str, float]:
     return recall(by_concept, test.concept.tolist(), concepts.tolist())
 
 
-def ridge_floor(data: EmojiSet, penalties: Sequence[float] = PENALTIES) -> dict[str, dict[str, dict[str, float]]]:
+def ridge_floor(
+    data: EmojiSet, penalties: Sequence[float] = PENALTIES, side: int = SIDE
+) -> dict[str, dict[str, dict[str, float]]]:
     """Recall of ridge regression on S2 and S3: {"S2": {"i2t": {"R@1": ...}, "t2i": ...}, "S3": ...}."""
     images, captions, _ = data.train_pairs()
     texts = [" ".join(words) for words in captions]
     tfidf = TfIdf(texts)
-    x, y = pixel_features(images), tfidf(texts)
-    centre, offset = x.mean(axis=0), y.mean(axis=0)
+    x, y = pixel_features(images, side), tfidf(texts)
+    centre = x.mean(axis=0)
     values, vectors = np.linalg.eigh((x - centre).T @ (x - centre))
-    cross = vectors.T @ ((x - centre).T @ (y - offset))
+    cross = vectors.T @ ((x - centre).T @ (y - y.mean(axis=0)))
     found: dict[str, dict[str, dict[str, float]]] = {}
     for split in ("S2", "S3"):
         test = data.test_queries(split)
-        seen = (pixel_features(test.images) - centre) @ vectors
-        predicted = [(seen / (values + penalty)) @ cross + offset for penalty in penalties]
+        seen = (pixel_features(test.images, side) - centre) @ vectors
+        predicted = [(seen / (values + penalty)) @ cross for penalty in penalties]
         tries = [retrieval(image, tfidf(test.names), test.names, test.names) for image in predicted]
-        found[split] = {way: max((t[way] for t in tries), key=lambda r: r["R@1"]) for way in ("i2t", "t2i")}
+        found[split] = {way: {k: max(t[way][k] for t in tries) for k in tries[0][way]} for way in ("i2t", "t2i")}
     return found
 
 
@@ -90,14 +92,12 @@ def floors(data: EmojiSet) -> dict[str, dict[str, dict[str, float]]]:
     return {"S1": {"i2t": knn_floor(data)}, **ridge_floor(data)}
 
 
-def near_identical(data: EmojiSet, cosine: float = 0.99) -> int:
-    """How many test concepts have a training-style picture all but equal to the test style's (24 x 24 cosine)."""
-    count = 0
+def near_identical(data: EmojiSet, cosine: float = 0.99) -> dict[str, int]:
+    """How many test pictures of each split have a twin, a training style's picture of the same concept that is all
+    but equal (cosine at 24 x 24 pixels)."""
+    count = {}
     for split in TEST_SPLITS:
-        test = data.test_queries(split)
-        features, near = pixel_features(test.images), np.zeros(len(test.names), dtype=bool)
-        for style in TRAIN_STYLES:
-            twin = pixel_features(data.images[data.rows(split, (style,))])
-            near |= (features * twin).sum(axis=1) > cosine
-        count += int(near.sum())
+        features = pixel_features(data.test_queries(split).images)
+        twins = [pixel_features(data.images[data.rows(split, (style,))]) for style in TRAIN_STYLES]
+        count[split] = int(((features * np.stack(twins)).sum(axis=2).max(axis=0) > cosine).sum())
     return count

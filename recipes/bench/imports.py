@@ -9,7 +9,7 @@ import sys
 from ..search.arguments import positive
 from .report import Case, interleave, report
 
-MODULES = ("mm", "mm.encoders", "mm.recipes.cli")
+MODULES = ("mm", "mm.encoders.clip")
 MOST = 0.3  # seconds more than torch
 
 
@@ -18,7 +18,8 @@ def imports(argv: list[str]) -> int:
     parser.add_argument("--repeats", type=positive, default=9, help="processes of each kind (default: 9)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
-    return report("imports", [measure(name, args.repeats) for name in MODULES], packages=("torch",), json_file=args.json)
+    cases = [measure(name, args.repeats) for name in MODULES]
+    return report("imports", cases, packages=("torch",), json_file=args.json)
 
 
 def measure(module: str, repeats: int) -> Case:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -55,11 +57,18 @@ def move(pixels: Tensor, size: tuple[int, int], g: Geometry, dice: Dice, white: 
         return torch.where(dice.chance(g.flip, 1, 1, 1), pixels.flip(-1), pixels)
     grid = F.affine_grid(_affine(g, dice), [len(pixels), 3, *size], align_corners=False)
     if g.warp:
-        field = F.interpolate(dice.normal(g.warp, 2, 4, 4), size, mode="bicubic", align_corners=False)
-        grid = grid + field.permute(0, 2, 3, 1)
+        down, across = (smooth(n).to(pixels.device) for n in size)
+        grid = grid + (down @ dice.normal(g.warp, 2, 4, 4) @ across.T).permute(0, 2, 3, 1)
     if white:
         return 1 - F.grid_sample(1 - pixels, grid, padding_mode="zeros", align_corners=False)
     return F.grid_sample(pixels, grid, padding_mode="reflection", align_corners=False)
+
+
+@lru_cache
+def smooth(size: int) -> Tensor:
+    """(size, 4): the weights of four values in a cubic curve of `size` points."""
+    one = torch.eye(4)[None, :, :, None]
+    return F.interpolate(one, (size, 1), mode="bicubic", align_corners=False)[0, :, :, 0].T
 
 
 def _affine(g: Geometry, dice: Dice) -> Tensor:
@@ -103,16 +112,21 @@ def texture(pixels: Tensor, t: Texture, dice: Dice) -> Tensor:
         colour = torch.where(chosen, dice.uniform(0, 1, 3, 1, 1), 1.0)
         pixels = torch.where(pixels.amin(dim=1, keepdim=True) > 0.97, colour, pixels)
     if t.blur:
-        soft = F.avg_pool2d(pixels, 3, stride=1, padding=1, count_include_pad=False)
-        pixels = torch.where(dice.chance(t.blur, 1, 1, 1), soft, pixels)
+        pixels = torch.where(dice.chance(t.blur, 1, 1, 1), around(pixels, torch.add) / 9, pixels)
     if t.outline:
-        padded = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
-        edges = (F.max_pool2d(padded, 3, stride=1) - pixels).amax(dim=1, keepdim=True)
+        edges = (around(pixels, torch.maximum) - pixels).amax(dim=1, keepdim=True)
         strength = dice.uniform(0, 1.5, 1, 1, 1) * dice.chance(t.outline, 1, 1, 1)
         pixels = (pixels - strength * edges).clamp_(0, 1)
     if t.noise:
         pixels = (pixels + t.noise * dice.noise(pixels)).clamp_(0, 1)
     return pixels
+
+
+def around(pixels: Tensor, join: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    """The 3 x 3 neighbourhood of every pixel joined into one value, rows first; far faster than pooling on a CPU."""
+    p = F.pad(pixels, (1, 1, 1, 1), mode="replicate")
+    p = join(join(p[..., :-2], p[..., 1:-1]), p[..., 2:])
+    return join(join(p[..., :-2, :], p[..., 1:-1, :]), p[..., 2:, :])
 
 
 def cutout(pixels: Tensor, probability: float, dice: Dice) -> Tensor:

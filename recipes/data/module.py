@@ -22,18 +22,20 @@ from .pairs import Pair, Pairs
 from .sampler import Order, Steps, generator, torch_seed
 from .settings import Augment, Data, Words
 
-READING, AUGMENTING, WORDING = 1, 2, 3  # the last number of the keys of random generators
+READING, AUGMENTING, WORDING, CHOOSING = 1, 2, 3, 5  # the last number of the keys of random generators
 TRIES = 64  # unreadable pictures in a row before a source is given up
 
 
+Note = tuple[str, str, str]  # kind, key and sentence of something that went wrong: to be counted once per key
+
+
 class Batch(NamedTuple):
-    """pixels (B, 3, h, w) uint8 (after augmentation normalised floats), ids (B, T), group (B,); `notes` are (kind, key,
-    sentence) of what went wrong on the way, to be counted once per key."""
+    """pixels (B, 3, h, w) uint8 (after augmentation normalised floats), ids (B, T), group (B,)."""
 
     pixels: Tensor
     ids: Tensor
     group: Tensor
-    notes: list[tuple[str, str, str]]
+    notes: list[Note]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,23 +52,33 @@ class Input:
 class Batches(Dataset[Batch]):
     """Batch by step: `batches[step]` depends on the step, the seed and the data alone."""
 
-    def __init__(self, pairs: Pairs, order: Order, model: Input, data: Data, crop: float) -> None:
-        self.pairs, self.order, self.model, self.words, self.crop = pairs, order, model, data.words, crop
+    def __init__(self, pairs: Pairs, model: Input, data: Data, crop: float, order: Order) -> None:
+        """`order` is that of the items or, with `data.per_group`, of the groups."""
+        self.pairs, self.model, self.words, self.crop, self.order = pairs, model, data.words, crop, order
+        self.groups = by_group(pairs) if data.per_group else None
         side = data.canvas and (data.canvas, data.canvas)
         self.canvas = replace(model.preprocess, size=side, edge=None) if side else model.preprocess
 
     def __getitem__(self, step: int) -> Batch:
-        notes: list[tuple[str, str, str]] = []
+        notes: list[Note] = []
         pictures, captions, groups = [], [], []
-        for epoch, index in self.order.rows(step):
-            pair, pixels = self.readable(index, epoch, notes)
+        for epoch, unit, time in self.order.rows(step):
+            pair, pixels = self.readable(self.item(epoch, unit, time), epoch, notes)
+            random = generator(self.order.seed, epoch, unit, time, WORDING)
             pictures.append(torch.from_numpy(pixels))
-            captions.append(word(pair.captions, self.words, generator(self.order.seed, epoch, index, WORDING)))
+            captions.append(word(pair.captions, self.words, random))
             groups.append(pair.group)
         pixels = torch.stack(pictures).permute(0, 3, 1, 2)
         return Batch(pixels, self.tokens(captions, notes), torch.tensor(groups), notes)
 
-    def readable(self, index: int, epoch: int, notes: list[tuple[str, str, str]]) -> tuple[Pair, np.ndarray]:
+    def item(self, epoch: int, unit: int, time: int) -> int:
+        """The index of an item: the unit itself, or a member of the group, another one each time while they last."""
+        if self.groups is None:
+            return unit
+        members = self.groups[unit]
+        return members[generator(self.order.seed, epoch, unit, CHOOSING).permutation(len(members))[time % len(members)]]
+
+    def readable(self, index: int, epoch: int, notes: list[Note]) -> tuple[Pair, np.ndarray]:
         """The item at `index` or, while its picture cannot be read, the next one."""
         for offset in range(TRIES):
             place = (index + offset) % len(self.pairs)
@@ -87,7 +99,7 @@ class Batches(Dataset[Batch]):
         box = crop_box(image.width, image.height, self.crop, random)
         return np.array(image.resize((width, height), FILTERS[self.canvas.interpolation], box=box, reducing_gap=2.0))
 
-    def tokens(self, captions: list[str], notes: list[tuple[str, str, str]]) -> Tensor:
+    def tokens(self, captions: list[str], notes: list[Note]) -> Tensor:
         tokenizer, context = self.model.tokenizer, self.model.context
         for text in captions:
             if len(text.encode()) > context // 2 and tokenizer.too_long(text, context):
@@ -107,21 +119,27 @@ def crop_box(width: int, height: int, least: float, random: np.random.Generator)
     return left, upper, left + w, upper + h
 
 
-def word(captions: tuple[str, ...], words: Words, random: np.random.Generator) -> str:
-    """One wording of an item's captions."""
-    if random.random() < words.joined and len(captions) > 1:
-        count = int(random.integers(1, 4))
-        chosen = random.permutation(len(captions) - 1)[:count] + 1
-        if random.random() < 0.5:
-            chosen = np.insert(chosen, random.integers(0, len(chosen) + 1), 0)
-        text = " ".join(captions[i] for i in chosen)
-    elif words.first is not None and random.random() < words.first:
-        text = captions[0]
+def by_group(pairs: Pairs) -> list[list[int]]:
+    """The indices of the items of each group, in order of first appearance."""
+    members: dict[int, list[int]] = {}
+    for index, pair in enumerate(pairs.items):
+        members.setdefault(pair.group, []).append(index)
+    return list(members.values())
+
+
+def word(captions: tuple[str, ...], words: Words | None, random: np.random.Generator) -> str:
+    """One of the captions or, with `words`, a wording of a name and its tags."""
+    if words is None:
+        return captions[random.integers(len(captions))]
+    name, tags, choice = captions[0], captions[1:], random.random()
+    if choice < words.name or not tags:
+        parts = [name]
     else:
-        text = captions[random.integers(len(captions))]
-    if not words.drop:
-        return text
-    kept = [part for part in text.split() if random.random() >= words.drop]
+        parts = [tags[i] for i in random.permutation(len(tags))[: random.integers(1, 4)]]
+        if choice >= words.name + words.tags:
+            parts.insert(int(random.integers(len(parts) + 1)), name)
+    text = " ".join(parts)
+    kept = [part for part in text.split() if not words.drop or random.random() >= words.drop]
     return " ".join(kept) or text
 
 
@@ -134,9 +152,10 @@ class PairsModule(lightning.LightningDataModule):
 
     def train_dataloader(self) -> DataLoader[Batch]:
         trainer, data = self.trainer, self.data
-        order = Order(count=len(self.pairs), batch=data.batch_size, seed=self.seed, rank=trainer.global_rank,
-                      world=trainer.world_size)
-        batches = Batches(self.pairs, order, self.model, data, self.changes.crop)
+        count = len(by_group(self.pairs)) if data.per_group else len(self.pairs)
+        order = Order(count=count, batch=data.batch_size, seed=self.seed, each=data.per_group or 1,
+                      rank=trainer.global_rank, world=trainer.world_size)
+        batches = Batches(self.pairs, self.model, data, self.changes.crop, order)
         return DataLoader(batches, batch_size=None, sampler=Steps(trainer.global_step, trainer.max_steps),
                           num_workers=data.workers, pin_memory=trainer.strategy.root_device.type == "cuda")
 

@@ -26,13 +26,14 @@ def torch_seed(*key: int) -> int:
 class Order:
     """Batches of `batch` rows cut from an endless row of shuffled passes (epochs) over `count` items.
 
-    Every pass has each item once. Of `world` processes, `rank` gets its own consecutive part of each batch, so that
-    the batch as a whole does not depend on how many there are.
+    A pass has each item `each` times, side by side. Of `world` processes, `rank` gets its own consecutive part of each
+    batch, so that the batch as a whole does not depend on how many there are.
     """
 
     count: int
     batch: int
     seed: int
+    each: int = 1
     rank: int = 0
     world: int = 1
 
@@ -41,13 +42,18 @@ class Order:
             raise InputError("there is nothing to train on: the data holds no usable item")
         if self.batch < 1 or self.batch % self.world:
             raise InputError(f"a batch of {self.batch} rows cannot be shared evenly by {self.world} processes")
+        if self.each < 1 or self.batch // self.world % self.each:
+            raise InputError(f"{self.batch // self.world} rows a process are not a multiple of {self.each} per group")
 
-    def rows(self, step: int) -> list[tuple[int, int]]:
-        """(epoch, item) of each of this process's rows in the batch at `step`."""
+    def rows(self, step: int) -> list[tuple[int, int, int]]:
+        """(epoch, item, which of its `each` times) of this process's rows in the batch at `step`."""
         share = self.batch // self.world
         first = step * self.batch + self.rank * share
-        places = (divmod(position, self.count) for position in range(first, first + share))
-        return [(epoch, int(_shuffled(self.count, self.seed, epoch)[place])) for epoch, place in places]
+        return [self._at(*divmod(position, self.each)) for position in range(first, first + share)]
+
+    def _at(self, unit: int, time: int) -> tuple[int, int, int]:
+        epoch, place = divmod(unit, self.count)
+        return epoch, int(_shuffled(self.count, self.seed, epoch)[place]), time
 
 
 @lru_cache(maxsize=2)

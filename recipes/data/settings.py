@@ -9,12 +9,12 @@ TEMPLATES = ("a photo of a {}.",)
 
 @dataclass(frozen=True, kw_only=True)
 class Words:
-    """How a caption is worded for one step. With probability `joined` it is one to three of the item's captions in
-    random order, the first among them half of the time, otherwise one of them (the first with probability `first`, or
-    any alike where None); `drop` is the probability that a word is left out."""
+    """How captions that are a name followed by tags are worded, anew each time: with probability `name` the name
+    alone, with probability `tags` one to three tags, otherwise the name somewhere among one to three tags. drop: the
+    probability that a word is left out."""
 
-    first: float | None = None
-    joined: float = 0.0
+    name: float = 0.4
+    tags: float = 0.2
     drop: float = 0.0
 
 
@@ -23,18 +23,22 @@ class Data:
     """Pairs to train on, and how they are read.
 
     path: a table, folder, .tar shards or emojicross. val: the same kinds of source to evaluate on, or none.
-    batch_size: rows of all processes together. workers: processes that read pictures.
+    batch_size: rows of all processes together.
+    per_group: a pass has this many random items of each group, side by side in a batch (none: it has every item).
+    workers: processes that read pictures.
     canvas: side in pixels at which pictures wait for augmentation (none: the model's size).
     templates: captions of a folder of classes, {} standing for the name.
+    words: none takes one of the captions as it is.
     """
 
     path: str
     val: str | None = None
     batch_size: int = 256
+    per_group: int | None = None
     workers: int = 0
     canvas: int | None = None
     templates: tuple[str, ...] = TEMPLATES
-    words: Words = Words()
+    words: Words | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -58,7 +58,8 @@ def quiet() -> None:
     """Lightning's remarks about hardware, and about loaders that it cannot know to start at the right step."""
     for name in ("lightning.pytorch", "lightning.fabric"):
         logging.getLogger(name).setLevel(logging.WARNING)
-    warnings.filterwarnings("ignore", message=".*(not resumable|does not have many workers|LeafSpec|all_gather is deprecated).*")
+    known = "not resumable|does not have many workers|LeafSpec|all_gather is deprecated"
+    warnings.filterwarnings("ignore", message=f".*({known}).*")
 
 
 def starting_model(job: ClipJob, pairs: Pairs) -> CLIP:

@@ -25,13 +25,14 @@ class Tower:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTower(Tower):
-    """A vision transformer with a class token; size and patch are sides in pixels."""
+    """A vision transformer; size and patch are sides in pixels. pool: the class token, the mean of the patches, or
+    all of them side by side (for little data; such a model cannot be written for open_clip or transformers)."""
 
     size: int = 224
     patch: int = 32
     width: int = 768
     heads: int = 12
-    pool: Literal["token", "mean"] = "token"
+    pool: Literal["token", "mean", "flatten"] = "token"
     patch_dropout: float = 0.0
 
 

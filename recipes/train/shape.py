@@ -24,12 +24,14 @@ def new_clip(shape: Shape, captions: Iterable[str]) -> CLIP:
 
 
 def image_spec(tower: ImageTower, dim: int) -> spec.ViTSpec:
-    """OpenAI's CLIP layout, whatever the pool, so that open_clip can read what is trained."""
-    pool = spec.TokenPool() if tower.pool == "token" else spec.MeanPool()
+    """OpenAI's CLIP layout, as far as the pool allows, so that open_clip can read what is trained."""
+    patches = spec.Patches(size=(tower.patch, tower.patch), bias=False)
+    down, across = patches.grid(tower.size, tower.size)
+    pools = {"token": spec.TokenPool(), "mean": spec.MeanPool(), "flatten": spec.FlattenPool(tokens=down * across)}
     return spec.ViTSpec(
-        image=(tower.size, tower.size), patches=spec.Patches(size=(tower.patch, tower.patch), bias=False),
+        image=(tower.size, tower.size), patches=patches, cls=0 if tower.pool == "flatten" else 1,
         pre_norm=LayerNorm(), stack=stack(tower, causal=False), patch_dropout=tower.patch_dropout,
-        head=spec.Head(pool=pool, proj=spec.Projection(dim=dim)))
+        head=spec.Head(pool=pools[tower.pool], proj=spec.Projection(dim=dim)))
 
 
 def text_spec(tower: TextTower, dim: int, tokenizer: Tokenizer) -> spec.TextSpec:

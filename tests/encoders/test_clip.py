@@ -8,12 +8,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
+from mm.encoders import CLIP
+from mm.encoders.families import recognise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
-from mm.encoders import CLIP
-from mm.encoders.families import recognise
 from mm.errors import InputError
 from mm.tokenizer import train_bpe
 
@@ -104,6 +104,11 @@ def test_dtype_and_device(open_clip_model):
     half = CLIP.from_pretrained(folder, dtype=torch.bfloat16, device="cpu")
     assert {p.dtype for p in half.parameters()} == {torch.bfloat16} and not half.training
     assert half.encode_image(torch.randn(1, 3, 32, 32)).dtype == torch.bfloat16
+
+
+def test_what_is_not_trained_stays_so_after_loading(open_clip_model):
+    model = CLIP.from_pretrained(open_clip_model(vision={"pos_embed_type": "sin_cos_2d"})[0])
+    assert [name for name, p in model.named_parameters() if not p.requires_grad] == ["image.positions.weight"]
 
 
 def test_meta_device(clip):

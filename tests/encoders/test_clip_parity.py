@@ -5,10 +5,9 @@ import json
 import open_clip
 import pytest
 import torch
+from mm.encoders import CLIP
 from safetensors.torch import load_file
 from transformers import CLIPModel
-
-from mm.encoders import CLIP
 
 
 def pixels(height=32, width=32):
@@ -257,6 +256,20 @@ def test_files_from_before_2023(hf_model, ids):
     folder, _ = hf_model(text={"eos_token_id": 2})
     old_hf_files(folder, CLIPModel.from_pretrained(folder))
     same_as_hf(CLIP.from_pretrained(folder), CLIPModel.from_pretrained(folder).eval(), pixels(), ids)
+
+
+def test_a_config_with_every_default_written_out(hf_model, ids):
+    """Old files list the generation and bookkeeping settings of the library; none of them changes a feature."""
+    folder, reference = hf_model()
+    whole = json.loads(reference.config.to_json_string(use_diff=False))
+    idle = {"_commit_hash": "abc", "_name_or_path": "x", "torch_dtype": "torch.float32", "top_k": 50, "top_p": 1.0,
+            "temperature": 1.0, "length_penalty": 1.0, "num_beams": 1, "max_length": 20, "tie_word_embeddings": True,
+            "return_dict": True, "tf_legacy_loss": False, "pruned_heads": {}, "gradient_checkpointing": True}
+    whole |= idle
+    for tower in ("text_config", "vision_config"):
+        whole[tower] |= idle
+    (folder / "config.json").write_text(json.dumps(whole))
+    same_as_hf(CLIP.from_pretrained(folder), reference, pixels(), ids)
 
 
 # ----------------------------------------------------------------------------------------- conversion

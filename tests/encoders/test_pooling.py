@@ -2,8 +2,6 @@
 
 import pytest
 import torch
-from torch import nn
-
 from mm.encoders.pooling import Head, build_pool
 from mm.encoders.spec import (
     ArgmaxPool,
@@ -16,6 +14,8 @@ from mm.encoders.spec import (
     TokenPool,
 )
 from mm.encoders.spec import Head as HeadSpec
+from torch import nn
+
 from mm.errors import InputError
 from mm.spec import LayerNorm, Mlp
 

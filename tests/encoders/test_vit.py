@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-
 from mm.encoders import TextEncoder, ViT
 from mm.encoders.spec import (
     ArgmaxPool,
@@ -15,6 +14,7 @@ from mm.encoders.spec import (
     TokenPool,
     ViTSpec,
 )
+
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack, from_json, to_json
 
@@ -147,16 +147,14 @@ def test_dtypes(dtype):
         assert torch.cosine_similarity(wide, narrow.float(), dim=-1).min() > 0.99
 
 
-@pytest.mark.parametrize("training", [False, True])
-def test_compiles_whole(training):
-    model, words = vit(patch_dropout=0.25).train(training), text(pad=0).train(training)
-    x, ids = torch.randn(2, 3, 16, 16), torch.randint(1, 50, (2, 6))
-    for module, value in ((model, x), (words, ids)):
-        torch.manual_seed(0)
-        expected = module.encode(value)
-        torch.manual_seed(0)
-        compiled = torch.compile(module.encode, fullgraph=True, backend="aot_eager")(value)
-        torch.testing.assert_close(compiled, expected)
+@pytest.mark.parametrize(("tower", "value"), [
+    (vit(patch_dropout=0.25).train(), torch.randn(2, 3, 20, 12)), (text(pad=0), torch.randint(1, 50, (2, 6)))])
+def test_compiles_whole(tower, value):
+    torch.manual_seed(0)
+    expected = tower.encode(value)
+    torch.manual_seed(0)
+    compiled = torch.compile(tower.encode, fullgraph=True, backend="aot_eager")(value)
+    torch.testing.assert_close(compiled, expected)
 
 
 class Encode(torch.nn.Module):

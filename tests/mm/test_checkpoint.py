@@ -28,6 +28,12 @@ def test_one_file(tmp_path):
     same(checkpoint.open_weights(tmp_path), tensors())
 
 
+def test_files_are_as_readable_as_any_other(tmp_path):
+    (tmp_path / "plain").write_bytes(b"")
+    checkpoint.write_weights(tmp_path, tensors())
+    assert (tmp_path / "model.safetensors").stat().st_mode == (tmp_path / "plain").stat().st_mode
+
+
 def test_shards(tmp_path):
     checkpoint.write_weights(tmp_path, tensors(), shard_bytes=90)
     index = json.loads((tmp_path / "model.safetensors.index.json").read_text())

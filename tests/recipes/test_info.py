@@ -1,0 +1,81 @@
+"""What `mm info` says, against published counts and the reference libraries."""
+
+import json
+
+import pytest
+import torch
+from mm.encoders import CLIP, families
+from mm.recipes.cli import main
+from mm.recipes.info import count_flops, count_parameters, flops
+
+from mm.tokenizer import clip_tokenizer
+
+
+def made(**vision):
+    """A CLIP from an open_clip config, without memory."""
+    config = {"embed_dim": 512,
+              "vision_cfg": {"layers": 12, "width": 768, "patch_size": 32, "image_size": 224, **vision},
+              "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}}
+    with torch.device("meta"):
+        return CLIP(families.by_layout("open_clip").to_spec({"model_cfg": config}, "test"))
+
+
+@pytest.mark.parametrize(("patch", "image_gflop"), [(32, 8.82), (16, 35.13)])
+def test_flops_equal_the_published_ones(patch, image_gflop):
+    """open_clip's model profile: ViT-B-32 8.82 and 5.96, ViT-B-16 35.13 and 5.96 GFLOP per picture and text."""
+    found = count_flops(made(patch_size=patch))
+    assert found["image"] / 1e9 == pytest.approx(image_gflop, abs=0.01)
+    assert found["text"] / 1e9 == pytest.approx(5.96, abs=0.01)
+
+
+def test_parameters_equal_the_published_ones():
+    counts = count_parameters(made())
+    image = 512 * 768 + counts["image layers"] + counts["image embeddings"]
+    text = 512 * 512 + counts["text layers"] + counts["text embeddings"]
+    assert (image, text, sum(counts.values())) == (87_849_216, 63_428_096, 151_277_313)
+    assert counts["projections"] == 512 * 768 + 512 * 512 and counts["scale and bias"] == 1
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory):
+    config = {"embed_dim": 16,
+              "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
+              "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
+    folder = tmp_path_factory.mktemp("info")
+    model = CLIP(families.by_layout("open_clip").to_spec({"model_cfg": config}, "test"), tokenizer=clip_tokenizer())
+    model.save_pretrained(folder / "model", layout="open_clip")
+    model.tokenizer = None
+    model.to(torch.bfloat16).save_pretrained(folder / "bare")
+    return folder
+
+
+def test_a_report_for_a_machine(saved, capsys):
+    assert main(["info", str(saved / "model"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["family"], report["layout"], report["dtype"]) == ("CLIP", "open_clip", "float32")
+    total = sum(value.numel() for value in CLIP.from_pretrained(saved / "model").parameters())
+    assert report["parameters"]["total"] == total and report["bytes"] == {"float32": 4 * total, "bfloat16": 2 * total}
+    assert report["image"] == {"size": [32, 32], "patch": [8, 8], "tokens": 17, "layers": 1, "width": 32, "heads": 2,
+                               "act": "gelu"}
+    assert report["text"]["context"] == 12 and report["text"]["tokenizer"]["entries"] == 49408
+    assert report["preprocessing"]["size"] == [32, 32] and report["features"] == 16
+
+
+def test_a_report_for_a_person(saved, capsys):
+    assert main(["info", str(saved / "model")]) == 0
+    told = capsys.readouterr().out
+    for part in ("open_clip layout", "image layers", " FLOP per picture", "32 x 32 pixels", "49,408 entries"):
+        assert part in told
+    assert main(["info", str(saved / "bare")]) == 0
+    told = capsys.readouterr().out
+    assert "mm layout, bfloat16" in told and "none in its files" in told
+
+
+def test_what_is_no_checkpoint(tmp_path, capsys):
+    assert main(["info", str(tmp_path)]) == 2
+    assert str(tmp_path) in capsys.readouterr().err
+
+
+def test_units():
+    assert [flops(n) for n in (999, 1_500_000, 8_820_000_000, 2 * 10**12)] == [
+        "999 FLOP", "1.50 MFLOP", "8.82 GFLOP", "2.00 TFLOP"]
