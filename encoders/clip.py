@@ -92,8 +92,15 @@ class CLIP(nn.Module):
         table = family.table(settings, weights.shapes)
         model = checkpoint.load(lambda: cls(settings), weights, table, dtype=dtype, device=device)
         model.preprocessing = Preprocess.from_files(folder, settings.image.image)
-        model.tokenizer = tokenizer_of(folder)
+        model.tokenizer = load_tokenizer(folder)
+        model.check_files(str(folder))
         return model.eval()
+
+    def check_files(self, where: str) -> None:
+        """Whether the tokenizer's ids fit the embedding and the pictures fit the tower; raises InputError."""
+        vocab = self.spec.text.vocab
+        if self.tokenizer is not None and self.tokenizer.vocab_size > vocab:
+            raise InputError(f"{where}: the tokenizer has {self.tokenizer.vocab_size} entries, the embedding {vocab}")
 
     def save_pretrained(self, folder: str | Path, layout: str = "mm") -> None:
         """Write weights, tokenizer, preprocessing and, last, the config: layout mm, hf (transformers) or open_clip.
@@ -115,11 +122,3 @@ class CLIP(nn.Module):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
             digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
         return digest.hexdigest()[:16]
-
-
-def tokenizer_of(folder: Path) -> Tokenizer | None:
-    """The tokenizer in a directory, or None where there is none."""
-    try:
-        return load_tokenizer(folder)
-    except InputError:
-        return None

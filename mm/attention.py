@@ -86,7 +86,8 @@ class Heads(nn.Module):
                       sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
-        more_k, more_v = (x.to(k.dtype)[None, :, None].expand(len(k), -1, 1, -1) for x in (self.extra_k, self.extra_v))
+        extra = (self.extra_k, self.extra_v)
+        more_k, more_v = (x.to(k.dtype)[None, :, None].expand(k.shape[0], -1, 1, -1) for x in extra)
         return torch.cat([k, more_k], 2), torch.cat([v, more_v], 2), k_at.with_extra_key()
 
     def gated(self, heads: Tensor, x: Tensor) -> Tensor:

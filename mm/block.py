@@ -74,6 +74,6 @@ class Block(nn.Module):
         if scale is not None:
             x = x * scale
         if self.training and self.layer.drop_path:
-            keep = torch.rand(len(x), *[1] * (x.ndim - 1), device=x.device) >= self.layer.drop_path
+            keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.layer.drop_path
             x = x * keep.to(x.dtype) / (1 - self.layer.drop_path)
         return x

@@ -17,6 +17,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from mm import spec
 from mm.errors import InputError
@@ -168,13 +169,13 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
     `dtype` None keeps the dtype of the file, or the widest where it mixes several. Raises InputError for weights that
     are missing, unknown, wrongly shaped or not finite.
     """
-    with torch.device("meta"):
+    with torch.device("meta"), Unfilled():
         module = build()
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
 
     def read(name: str) -> Tensor:
         value = weights.read(name).to(device or "cpu")
-        if value.is_floating_point() and not bool(torch.isfinite(value).all()):
+        if value.is_floating_point() and not finite(value):
             raise InputError(f"{weights.where}: {name} holds values that are not finite")
         return value if dtype is None or not value.is_floating_point() else value.to(dtype)
     state = table.load(weights.shapes, read, wanted, weights.where)
@@ -184,6 +185,20 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
         state = {name: value.to(widest) if value.is_floating_point() else value for name, value in state.items()}
     module.load_state_dict({name: own(value) for name, value in state.items()}, assign=True)
     return module
+
+
+def finite(value: Tensor) -> bool:
+    """Whether no value is NaN or infinite; a finite sum says so at the speed of reading."""
+    return bool(torch.isfinite(value.sum(dtype=torch.float32))) or bool(torch.isfinite(value).all())
+
+
+class Unfilled(TorchFunctionMode):
+    """Makes modules without drawing initial values, which are about to be replaced."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if getattr(func, "__module__", None) == nn.init.__name__:
+            return args[0] if args else (kwargs or {})["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 def own(value: Tensor) -> Tensor:

@@ -33,6 +33,7 @@ def spec(cls: type) -> type:
 
     cls.__post_init__ = check
     cls = dataclass(frozen=True, kw_only=True)(cls)
+    assert cls.__name__ not in SPECS, f"two specs are called {cls.__name__}"
     SPECS[cls.__name__] = cls
     return cls
 

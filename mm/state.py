@@ -6,7 +6,6 @@ what is in it. States are updated in place, inside `torch.no_grad`, with fixed s
 
 from __future__ import annotations
 
-import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,6 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from mm.checkpoint import replacing
 from mm.errors import InputError
 from mm.tree import register, tensors
 from mm.visibility import EMPTY, At
@@ -51,10 +51,8 @@ class State:
 
     def save(self, path: str | Path) -> None:
         """Write to a safetensors file, at once or not at all."""
-        path = Path(path)
-        part = path.with_name(path.name + ".part")
-        save_file({name: x.contiguous() for name, x in tensors(self)}, part, {"fingerprint": self.fingerprint})
-        os.replace(part, path)
+        with replacing(Path(path)) as part:
+            save_file({name: x.contiguous() for name, x in tensors(self)}, part, {"fingerprint": self.fingerprint})
 
     def load(self, path: str | Path) -> Self:
         """Fill this state with a saved one; raises InputError when it came from another model, batch or length."""

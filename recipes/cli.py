@@ -45,6 +45,10 @@ def run(name: str, argv: list[str]) -> int:
     except BrokenPipeError:
         sys.stderr.close()
         return 0
+    except OSError as error:
+        if error.filename is None:
+            raise
+        return complain(f"{error.filename}: {error.strerror}")
 
 
 def complain(sentence: str, status: int = 2) -> int:

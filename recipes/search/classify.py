@@ -5,9 +5,10 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -18,6 +19,9 @@ from .embed import MODEL, Embedder
 from .pictures import Walk, batches, decode, read_ahead, read_bytes, walk
 from .progress import Bar
 
+if TYPE_CHECKING:
+    from torch import Tensor
+
 
 def classify(argv: list[str]) -> int:
     args = _arguments().parse_args(argv)
@@ -26,13 +30,13 @@ def classify(argv: list[str]) -> int:
     if not found.pictures:
         raise InputError(f"{args.folder} holds no pictures")
     embedder = Embedder.load(args.model or MODEL, args.device)
-    results, skipped = sort_pictures(embedder, found, labels, templates, args.batch)
-    top = min(args.top, len(labels))
+    sorter = Sorter(embedder, labels, templates)
+    rows, top = sorter.sort(found, args.batch), min(args.top, len(labels))
     if args.json:
-        print(json.dumps(as_json(results, labels, top, skipped, embedder.name), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(rows, labels, top, sorter.skipped, embedder.name), indent=2, ensure_ascii=False))
     else:
-        print("\n".join(line(path, row, labels, top) for path, row in results))
-    print(f"classified {len(results)}, skipped {skipped} (bad)", file=sys.stderr if args.json else sys.stdout)
+        print("\n".join(line(path, row, labels, top) for path, row in rows.items()))
+    print(f"classified {len(rows)}, skipped {sorter.skipped} (bad)", file=sys.stderr if args.json else sys.stdout)
     return 0
 
 
@@ -79,39 +83,50 @@ def choose_templates(name: str) -> Sequence[str]:
     return TEMPLATES[name]
 
 
-def sort_pictures(
-    embedder: Embedder, found: Walk, labels: list[str], templates: Sequence[str], batch: int
-) -> tuple[list[tuple[str, np.ndarray]], int]:
-    """The path and the probabilities (labels,) of every picture, and how many could not be read."""
-    from ...encoders.zeroshot import zeroshot_classifier
+class Sorter:
+    """Probabilities of labels for pictures; what cannot be read is reported and counted."""
 
-    weights = zeroshot_classifier(embedder.clip, labels, templates).float().cpu().numpy()
-    scale = embedder.clip.logit_scale.detach().float().exp().item()
-    results, skipped = [], len(found.unreadable)
-    read = _reader(found.root, embedder.clip.preprocess)
-    with Bar("classifying", len(found.pictures)) as bar:
-        for path, reason in found.unreadable.items():
-            bar.say(f"skipped {path}: {reason}")
-        for files in batches(read_ahead([picture.path for picture in found.pictures], read), batch):
-            good = [(path, pixels) for path, pixels in files if not isinstance(pixels, InputError)]
-            for _, error in (item for item in files if isinstance(item[1], InputError)):
-                bar.say(f"skipped {error}")
-            skipped += len(files) - len(good)
-            if good:
-                vectors = embedder.images([pixels for _, pixels in good])
-                results += zip((path for path, _ in good), softmax(scale * vectors @ weights), strict=True)
-            bar.step(len(files))
-    return results, skipped
+    def __init__(self, embedder: Embedder, labels: list[str], templates: Sequence[str]) -> None:
+        from ...encoders import zeroshot
+
+        self.embedder, self.zeroshot, self.skipped = embedder, zeroshot, 0
+        self.classifier = zeroshot.zeroshot_classifier(embedder.clip, labels, templates).cpu()
+        self.scale = embedder.clip.logit_scale.detach().cpu()
+
+    def sort(self, found: Walk, batch: int) -> dict[str, np.ndarray]:
+        """The probabilities (labels,) of every readable picture, by path."""
+        rows: dict[str, np.ndarray] = {}
+        with Bar("classifying", len(found.pictures)) as bar:
+            for path, reason in found.unreadable.items():
+                self.skip(bar, f"{path}: {reason}")
+            read = partial(_read, root=found.root, preprocess=self.embedder.clip.preprocess)
+            for files in batches(read_ahead([picture.path for picture in found.pictures], read), batch):
+                rows |= self.probabilities(files, bar)
+                bar.step(len(files))
+        return rows
+
+    def probabilities(self, files: list[tuple[str, Tensor | InputError]], bar: Bar) -> dict[str, np.ndarray]:
+        import torch
+
+        good = {path: pixels for path, pixels in files if not isinstance(pixels, InputError)}
+        for path, error in files:
+            if path not in good:
+                self.skip(bar, str(error))
+        if not good:
+            return {}
+        vectors = torch.from_numpy(self.embedder.images(list(good.values())))
+        rows = self.zeroshot.classify(vectors, self.classifier, self.scale).numpy()
+        for path in (path for path, row in zip(good, rows, strict=True) if np.isnan(row).any()):
+            self.skip(bar, f"{path}: the model gave no finite vector")
+        return {path: row for path, row in zip(good, rows, strict=True) if not np.isnan(row).any()}
+
+    def skip(self, bar: Bar, reason: str) -> None:
+        bar.say(f"skipped {reason}")
+        self.skipped += 1
 
 
-def _reader(root: Path, preprocess: Any) -> Any:
-    return lambda path: preprocess(decode(read_bytes(root / path), path))
-
-
-def softmax(logits: np.ndarray) -> np.ndarray:
-    """Logits (B, labels) -> probabilities (B, labels)."""
-    powers = np.exp(logits - logits.max(axis=1, keepdims=True))
-    return powers / powers.sum(axis=1, keepdims=True)
+def _read(path: str, *, root: Path, preprocess: Callable[[Any], Tensor]) -> Tensor:
+    return preprocess(decode(read_bytes(root / path), path))
 
 
 def best(row: np.ndarray, labels: list[str], top: int) -> list[tuple[str, float]]:
@@ -125,10 +140,10 @@ def line(path: str, row: np.ndarray, labels: list[str], top: int) -> str:
 
 
 def as_json(
-    results: list[tuple[str, np.ndarray]], labels: list[str], top: int, skipped: int, model: str
+    rows: dict[str, np.ndarray], labels: list[str], top: int, skipped: int, model: str
 ) -> dict[str, Any]:
     pictures = [
         {"path": path, "labels": [{"label": name, "probability": share} for name, share in best(row, labels, top)]}
-        for path, row in results
+        for path, row in rows.items()
     ]
     return {"model": model, "labels": labels, "skipped": skipped, "pictures": pictures}

@@ -27,11 +27,13 @@ class Embedder:
 
     @classmethod
     def load(cls, name: str | Path, device: str | None = None) -> Embedder:
-        """A checkpoint by hub name or directory, on the GPU if there is one. Raises InputError when it cannot."""
+        """A checkpoint by hub name or directory in float32, on the GPU if there is one. Raises InputError."""
+        import torch
+
         from ...encoders.clip import CLIP
 
         name = str(Path(name).expanduser().resolve()) if Path(name).expanduser().is_dir() else str(name)
-        return cls(CLIP.from_pretrained(name, device=choose_device(device)), name)
+        return cls(CLIP.from_pretrained(name, torch.float32, choose_device(device)), name)
 
     @property
     def dim(self) -> int:
@@ -65,5 +67,5 @@ def choose_device(name: str | None) -> torch.device:
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device {name}: {str(error).splitlines()[0]}") from None
+    except (RuntimeError, AssertionError):
+        raise InputError(f"--device {name}: this machine or this torch has no such device") from None

@@ -156,8 +156,7 @@ class _Run:
 
     def finish(self) -> None:
         self.touch(1)
-        if self.commits or self.counts.removed:
-            self.index.optimize()
+        self.index.optimize()
 
 
 def _unchanged(picture: PictureFile, row: dict[str, Any] | None) -> bool:

@@ -13,7 +13,7 @@ import numpy as np
 
 from mm.errors import InputError
 
-TABLE = "pictures"
+TABLE, ANN = "pictures", "vector_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
 PROBES = 32  # partitions compared per query
@@ -145,15 +145,17 @@ class Index:
             self.table.delete(f"path IN ({', '.join(paths[start : start + 1000])})")
 
     def optimize(self) -> None:
-        """Keeps a large table partitioned, and compacts it."""
+        """Joins small files, drops old states, and keeps a large table partitioned."""
         from lancedb.index import IvfFlat
 
-        rows, stats = len(self), self.table.index_stats("vector_idx")
+        rows, stats = len(self), self.table.index_stats(ANN)
         stale = stats is None or stats.num_unindexed_rows > stats.num_indexed_rows // 4 or stats.num_indices > 8
-        if rows >= ANN_ROWS and stale:
-            config = IvfFlat(distance_type="cosine", num_partitions=math.isqrt(rows))
-            self.table.create_index("vector", config=config)
-        self.compact()
+        if rows < ANN_ROWS or not stale:
+            return self.compact()
+        if stats:
+            self.table.drop_index(ANN)
+        self.compact()  # first: the partitions' centres are learned from a sample, a poor one over many small files
+        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=math.isqrt(rows)))
 
     def compact(self) -> None:
         """Joins small files and drops old states."""

@@ -30,17 +30,17 @@ def begin(out: Path, settings: Mapping[str, Any], free: frozenset[str]) -> Path 
 
     Raises InputError when the directory holds a run with other settings, `free` ones (by dotted name) excepted.
     """
-    settings, file = json.loads(json.dumps(settings)), out / SETTINGS
-    if file.exists():
+    settings, file, last = json.loads(json.dumps(settings)), out / SETTINGS, out / LAST
+    if file.exists() and last.exists():
         for name, old, new in differences(read_json(file), settings):
             if name not in free:
                 raise InputError(f"{out} holds a run with {name} {old!r}, not {new!r}: give the same settings to go on "
                                  "with it, or another --out")
-    elif out.exists() and (not out.is_dir() or any(out.iterdir())):
+    elif not file.exists() and out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise InputError(f"{out} exists and holds no run: choose another --out")
     out.mkdir(parents=True, exist_ok=True)
     write_json(file, settings)
-    return out / LAST if (out / LAST).exists() else None
+    return last if last.exists() else None
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -129,8 +129,8 @@ class ClipJob:
     name) to fine-tune, with its own preprocessing and tokenizer, instead of a new model of this `shape`.
     """
 
-    out: str
     data: Data
+    out: str = "runs/clip"
     model: str | None = None
     shape: Shape = Shape()
     augment: Augment = Augment()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import time
 from collections.abc import Callable
@@ -78,15 +79,16 @@ class Watch(lightning.Callback):
         """Writes the rows of the steps since the last time."""
         rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.rows]
         self.rows = []
-        for row in rows:
-            if not math.isfinite(row["loss"]):
-                raise InputError(f"the loss is {row['loss']} at step {row['step']}: the run stops; a lower optim.lr, a "
-                                 "longer optim.warmup or a smaller optim.clip may help")
+        good = list(itertools.takewhile(lambda row: math.isfinite(row["loss"]), rows))
         if self.chief:
-            self.log.write(rows)
-            for row in rows:
+            self.log.write(good)
+            for row in good:
                 for name in COLUMNS:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
+        if len(good) < len(rows):
+            bad = rows[len(good)]
+            raise InputError(f"the loss is {bad['loss']} at step {bad['step']}: the run stops; a lower optim.lr, a "
+                             "longer optim.warmup or a smaller optim.clip may help")
 
     def evaluate(self, trainer: lightning.Trainer, measured: dict[str, float]) -> None:
         step, self.measured = trainer.global_step, measured

@@ -8,12 +8,12 @@ import open_clip
 import pytest
 import torch
 import torch.nn.functional as F
-from mm.encoders import CLIP
-from mm.encoders.families import recognise
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
+from mm.encoders import CLIP
+from mm.encoders.families import recognise
 from mm.errors import InputError
 from mm.tokenizer import train_bpe
 

@@ -5,9 +5,10 @@ import json
 import open_clip
 import pytest
 import torch
-from mm.encoders import CLIP
 from safetensors.torch import load_file
 from transformers import CLIPModel
+
+from mm.encoders import CLIP
 
 
 def pixels(height=32, width=32):

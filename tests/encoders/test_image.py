@@ -11,10 +11,10 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from mm.encoders import image as module
-from mm.encoders.image import Preprocess, read_image
 from PIL import Image
 
+from mm.encoders import image as module
+from mm.encoders.image import Preprocess, read_image
 from mm.errors import InputError
 
 transform = pytest.importorskip("open_clip.transform")

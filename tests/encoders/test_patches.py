@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from mm.encoders.patches import GridPositions, Patchify, drop_patches
-from mm.encoders.spec import GridTable, Patches
 from timm.layers import resample_abs_pos_embed
 
+from mm.encoders.patches import GridPositions, Patchify, drop_patches
+from mm.encoders.spec import GridTable, Patches
 from mm.errors import InputError
 
 

@@ -2,6 +2,8 @@
 
 import pytest
 import torch
+from torch import nn
+
 from mm.encoders.pooling import Head, build_pool
 from mm.encoders.spec import (
     ArgmaxPool,
@@ -14,8 +16,6 @@ from mm.encoders.spec import (
     TokenPool,
 )
 from mm.encoders.spec import Head as HeadSpec
-from torch import nn
-
 from mm.errors import InputError
 from mm.spec import LayerNorm, Mlp
 

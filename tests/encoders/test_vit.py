@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+
 from mm.encoders import TextEncoder, ViT
 from mm.encoders.spec import (
     ArgmaxPool,
@@ -14,7 +15,6 @@ from mm.encoders.spec import (
     TokenPool,
     ViTSpec,
 )
-
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack, from_json, to_json
 

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from mm.encoders.zeroshot import TEMPLATES, classify, zeroshot_classifier
 
+from mm.encoders.zeroshot import TEMPLATES, classify, zeroshot_classifier
 from mm.errors import InputError
 
 

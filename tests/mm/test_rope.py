@@ -216,6 +216,8 @@ def test_jitter_stays_in_its_bounds_and_follows_its_seed(shift, stretch, rescale
 def test_jitter_draws_afresh_for_each_axis():
     draws = torch.stack([rope.jitter(torch.ones(1, 2), stretch=2.0)[0].log2() for _ in range(300)])
     assert draws.abs().max() <= 1 and draws.std(0).min() > 0.4 and (draws[:, 0] - draws[:, 1]).abs().max() > 1
+    shifts = rope.jitter(torch.zeros(1, 2), shift=0.5)[0]
+    assert shifts[0] != shifts[1]
 
 
 # ------------------------------------------------------------------------------------------------- mistakes

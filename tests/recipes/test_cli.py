@@ -3,6 +3,7 @@ import subprocess
 import sys
 
 import pytest
+
 from mm.recipes.bench.command import BENCHES
 from mm.recipes.cli import COMMANDS, main
 

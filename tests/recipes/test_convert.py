@@ -5,13 +5,13 @@ import json
 import numpy as np
 import pytest
 import torch
-from mm.encoders import CLIP
-from mm.recipes.cli import main
-from mm.recipes.convert import convert
 from PIL import Image
 from safetensors.torch import save_file
 
+from mm.encoders import CLIP
 from mm.errors import InputError
+from mm.recipes.cli import main
+from mm.recipes.convert import convert
 from mm.tokenizer import clip_tokenizer, train_bpe
 
 open_clip = pytest.importorskip("open_clip")

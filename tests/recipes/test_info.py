@@ -4,10 +4,10 @@ import json
 
 import pytest
 import torch
+
 from mm.encoders import CLIP, families
 from mm.recipes.cli import main
 from mm.recipes.info import count_flops, count_parameters, flops
-
 from mm.tokenizer import clip_tokenizer
 
 
