@@ -48,7 +48,7 @@ def choose(problem: Problem) -> tuple[str, str]:
         return "tiled", "SDPA has no sinks"
     if problem.bias is not None:
         return "tiled", "the bias is computed tile by tile"
-    if problem.k_at.prefix is None and all_visible(problem.q_at, problem.k_at, problem.sight):
+    if all_visible(problem.q_at, problem.k_at, problem.sight):
         return "sdpa", "every query sees every key"
     if problem.aligned and problem.sight == CAUSAL_ONLY and problem.k_at.prefix is None:
         return "sdpa causal", "one plain causal run"

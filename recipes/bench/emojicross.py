@@ -34,11 +34,12 @@ def cases(found: dict[str, Any], floor: dict[str, Any]) -> list[Case]:
     for split, ways in found.items():
         for way, values in ways.items():
             peer = floor.get(split, {}).get(way, {})
-            rows += [case(f"{split} {way} {k}", values[k], peer.get(k), must=k == "R@1") for k in TOLD]
+            rows += [case(f"{split} {way} {k}", values[k], peer.get(k), 1.0 if k == "R@1" else None) for k in TOLD]
     return rows
 
 
-def case(name: str, ours: float, peer: float | None, must: bool) -> Case:
+def case(name: str, ours: float, peer: float | None, at_least: float | None = None) -> Case:
+    """A case in percent; without a peer it is only told."""
     if peer is None:
         return Case(case=name, ours=ours, unit="%")
-    return Case(case=name, ours=ours, peer=peer, ratio=ours / max(peer, 1e-9), at_least=1.0 if must else None, unit="%")
+    return Case(case=name, ours=ours, peer=peer, ratio=ours / max(peer, 1e-9), at_least=at_least, unit="%")

@@ -18,6 +18,7 @@ from mm.tokenizer import Tokenizer
 
 from ...encoders.image import FILTERS, Preprocess, read_image
 from .augment import Dice, augment
+from .bpe_dropout import LooseTokenizer
 from .pairs import Pair, Pairs
 from .sampler import Order, Steps, generator, torch_seed
 from .settings import Augment, Data, Words
@@ -56,20 +57,22 @@ class Batches(Dataset[Batch]):
         """`order` is that of the items or, with `data.per_group`, of the groups."""
         self.pairs, self.model, self.words, self.crop, self.order = pairs, model, data.words, crop, order
         self.groups = by_group(pairs) if data.per_group else None
+        self.loose = LooseTokenizer(model.tokenizer, data.bpe_dropout) if data.bpe_dropout else None
         side = data.canvas and (data.canvas, data.canvas)
         self.canvas = replace(model.preprocess, size=side, edge=None) if side else model.preprocess
 
     def __getitem__(self, step: int) -> Batch:
         notes: list[Note] = []
-        pictures, captions, groups = [], [], []
+        pictures, captions, groups, randoms = [], [], [], []
         for epoch, unit, time in self.order.rows(step):
             pair, pixels = self.readable(self.item(epoch, unit, time), epoch, notes)
             random = generator(self.order.seed, epoch, unit, time, WORDING)
             pictures.append(torch.from_numpy(pixels))
             captions.append(word(pair.captions, self.words, random))
             groups.append(pair.group)
+            randoms.append(random)
         pixels = torch.stack(pictures).permute(0, 3, 1, 2)
-        return Batch(pixels, self.tokens(captions, notes), torch.tensor(groups), notes)
+        return Batch(pixels, self.tokens(captions, randoms, notes), torch.tensor(groups), notes)
 
     def item(self, epoch: int, unit: int, time: int) -> int:
         """The index of an item: the unit itself, or a member of the group, another one each time while they last."""
@@ -99,12 +102,12 @@ class Batches(Dataset[Batch]):
         box = crop_box(image.width, image.height, self.crop, random)
         return np.array(image.resize((width, height), FILTERS[self.canvas.interpolation], box=box, reducing_gap=2.0))
 
-    def tokens(self, captions: list[str], notes: list[Note]) -> Tensor:
+    def tokens(self, captions: list[str], randoms: list[np.random.Generator], notes: list[Note]) -> Tensor:
         tokenizer, context = self.model.tokenizer, self.model.context
         for text in captions:
             if len(text.encode()) > context // 2 and tokenizer.too_long(text, context):
                 notes.append(("caption", text, f"{text[:60]!r} is cut to {context} tokens"))
-        ids = tokenizer(captions, context)
+        ids = self.loose(captions, context, randoms) if self.loose else tokenizer(captions, context)
         if not self.model.trim:
             return ids
         last = (ids != tokenizer.pad_id).any(dim=0).nonzero().max()

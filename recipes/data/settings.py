@@ -29,6 +29,7 @@ class Data:
     canvas: side in pixels at which pictures wait for augmentation (none: the model's size).
     templates: captions of a folder of classes, {} standing for the name.
     words: none takes one of the captions as it is.
+    bpe_dropout: the probability that the tokenizer leaves out a merge, which breaks words into more pieces.
     """
 
     path: str
@@ -39,6 +40,7 @@ class Data:
     canvas: int | None = None
     templates: tuple[str, ...] = TEMPLATES
     words: Words | None = None
+    bpe_dropout: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)

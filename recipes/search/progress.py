@@ -27,7 +27,7 @@ class Rate(ProgressColumn):
 class Bar:
     """`with Bar("indexing", total) as bar: bar.step(); bar.say("a line above the bar")`."""
 
-    def __init__(self, title: str, total: int) -> None:
+    def __init__(self, title: str, total: int | None) -> None:
         self.console = Console(stderr=True, soft_wrap=True, highlight=False)
         columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), Rate()
         self.progress = Progress(

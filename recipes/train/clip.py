@@ -60,10 +60,13 @@ class ClipRecipe(lightning.LightningModule):
         """The loss of the whole batch, over all processes."""
         image, text = self.clip(batch.pixels, batch.ids)
         image, text, group = (self.gathered(x) for x in (image, text, batch.group))
-        loss = clip_loss(image, text, self.clip.logit_scale, group, self.loss.smoothing)
+        loss = self.objective(image, text, group)
         self.last = {"loss": loss.detach(), "lr": self.optimizers().param_groups[0]["lr"],
                      "scale": self.clip.logit_scale.detach().exp()}
         return loss
+
+    def objective(self, image: Tensor, text: Tensor, group: Tensor) -> Tensor:
+        return clip_loss(image, text, self.clip.logit_scale, group, self.loss.smoothing)
 
     def gathered(self, x: Tensor) -> Tensor:
         """The rows of all processes, in order, with gradient: that of every process's loss is summed here and averaged

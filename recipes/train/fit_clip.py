@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import logging
-import os
-import platform
 import sys
 import warnings
 from collections.abc import Callable
@@ -20,6 +18,7 @@ from mm.checkpoint import write_json
 from mm.errors import InputError
 
 from ...encoders.clip import CLIP
+from ..bench.report import machine
 from ..data.module import Input, PairsModule
 from ..data.pairs import Pairs, read_pairs
 from ..evaluate import Meter, flat, open_source
@@ -114,11 +113,11 @@ def account(job: ClipJob, pairs: Pairs, recipe: ClipRecipe, watch: Watch) -> dic
     gpu = torch.cuda.get_device_name() if recipe.device.type == "cuda" else None
     return {
         "steps": job.trainer.max_steps, "batch_size": job.data.batch_size, "seconds": round(watch.seconds, 1),
-        "machine": gpu or f"{platform.machine()} CPU, {os.cpu_count()} cores", "threads": torch.get_num_threads(),
+        "machine": gpu or machine(), "threads": torch.get_num_threads(),
         "torch": torch.__version__, "pictures": len(pairs), "left_out": list(pairs.notes),
         "parameters": sum(p.numel() for p in recipe.clip.parameters()), "validation": watch.measured,
-        **{name: len(watch.notes.get(kind, {})) for name, kind in
-           (("unreadable_pictures", "picture"), ("cut_captions", "caption"))}}
+        "unreadable_pictures": len(watch.notes.get("picture", {})), "cut_captions": len(watch.notes.get("caption", {})),
+        "unreadable": sorted(watch.notes.get("picture", {}).values())}
 
 
 def conclude(out: Path, watch: Watch) -> None:

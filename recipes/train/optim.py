@@ -18,7 +18,7 @@ def adamw(module: nn.Module, optim: Optim) -> torch.optim.AdamW:
             groups[decays(name, parameter)].append(parameter)
     settings = [{"params": groups[True], "weight_decay": optim.weight_decay},
                 {"params": groups[False], "weight_decay": 0.0}]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps)
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
 
 
 def decays(name: str, parameter: Tensor) -> bool:

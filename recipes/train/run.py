@@ -44,9 +44,9 @@ def begin(out: Path, settings: Mapping[str, Any], free: frozenset[str]) -> Path 
 
 
 def differences(old: Any, new: Any, name: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """(dotted name, old, new) of every value that differs."""
+    """(dotted name, old, new) of every value that differs, of those that the old settings know."""
     if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
+        for key in old:
             yield from differences(old.get(key), new.get(key), f"{name}.{key}".lstrip("."))
     elif old != new:
         yield name, old, new

@@ -16,13 +16,14 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mm.errors import InputError
 
-from ..data.module import Batch
+from ..data.module import Batch, Note
 from ..search.progress import Bar
 from .curves import plot
 from .run import LAST, CsvLog
 from .settings import Trainer
 
 COLUMNS = ("loss", "lr", "gradient", "scale")
+MOST_TOLD = 20  # sentences of one kind
 TRAIN, VALIDATION, CURVES = "train.csv", "validation.csv", "curves.png"
 Measure = Callable[[nn.Module], dict[str, float]]
 
@@ -41,6 +42,8 @@ class Watch(lightning.Callback):
         self.measured: dict[str, float] = {}
         self.seconds = 0.0
         self.rows: list[dict[str, Any]] = []
+        self.chief = False  # known when training starts, as is the bar
+        self.bar: Bar | None = None
 
     def state_dict(self) -> dict[str, Any]:
         return {"notes": self.notes, "measured": self.measured, "seconds": self.seconds}
@@ -60,10 +63,7 @@ class Watch(lightning.Callback):
                            ) -> None:
         step = trainer.global_step
         self.rows.append({"step": step, **module.last})
-        for kind, key, sentence in batch.notes:
-            if key not in self.notes.setdefault(kind, {}):
-                self.notes[kind][key] = sentence
-                self.say(sentence)
+        self.take(batch.notes)
         log, evaluate, save = (step == trainer.max_steps or step % every == 0 for every in
                                (self.settings.log, self.settings.evaluate, self.settings.save))
         if log or evaluate or save:
@@ -74,6 +74,15 @@ class Watch(lightning.Callback):
             self.save(trainer)
         if self.chief:
             self.bar.step()
+
+    def take(self, notes: list[Note]) -> None:
+        """Counts what is new, and tells the first ones of each kind."""
+        for kind, key, sentence in notes:
+            known = self.notes.setdefault(kind, {})
+            if key not in known:
+                known[key] = sentence
+                if len(known) <= MOST_TOLD:
+                    self.say(sentence if len(known) < MOST_TOLD else f"{sentence} (further ones are only counted)")
 
     def flush(self) -> None:
         """Writes the rows of the steps since the last time."""
@@ -100,7 +109,7 @@ class Watch(lightning.Callback):
             self.board.add_scalar(name, value, step)
         pace = (time.monotonic() - self.clock) / (step - self.began)
         left = pace * (trainer.max_steps - step) / 60
-        table = ", ".join(f"{name} {value:.1f}" for name, value in measured.items())
+        table = ", ".join(f"{name} {value:.1f}" for name, value in measured.items() if name.endswith(("R@1", "top-1")))
         self.say(f"step {step} of {trainer.max_steps}: {table} ({pace:.2f} s a step, {left:.0f} min left)")
 
     def save(self, trainer: lightning.Trainer) -> None:
@@ -109,7 +118,7 @@ class Watch(lightning.Callback):
         trainer.save_checkpoint(self.out / LAST)
 
     def say(self, sentence: str) -> None:
-        if self.chief:
+        if self.bar:
             self.bar.say(sentence)
 
     def on_train_end(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
@@ -120,6 +129,8 @@ class Watch(lightning.Callback):
             plot(self.out / TRAIN, validation if validation.exists() else None, self.out / CURVES)
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
+        if isinstance(exception, KeyboardInterrupt):
+            self.say(f"interrupted at step {trainer.global_step}; the same command goes on from the last checkpoint")
         self.close()
 
     def close(self) -> None:

@@ -1,5 +1,6 @@
 """Every path of `attend` against the plain oracle in double precision: outputs, gradients, memory, mistakes."""
 
+from dataclasses import replace
 from importlib import import_module
 
 import pytest
@@ -92,6 +93,14 @@ def test_a_plain_run_in_tiles(sight, extras, small_tiles):
     given = {"softcap": 2.0, "sinks": torch.randn(4, dtype=torch.float64, requires_grad=True), "bias": Slope(4)}
     compare(*tensors(2, 4, 2, 21, 21, value_width=6), q_at=at, k_at=at, sight=sight, scale=0.7,
             **{name: given[name] for name in extras.split()})
+
+
+@pytest.mark.parametrize("sight", [CAUSAL, Sight(left=5, right=1), Sight(right=0, chunk=12)])
+@pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}])
+def test_a_plain_run_with_a_prefix_in_tiles(sight, extras, small_tiles):
+    at = along(1, 21)
+    at = replace(at, prefix=at.position < 14)
+    compare(*tensors(1, 2, 2, 21, 21), q_at=at, k_at=at, sight=sight, **extras)
 
 
 @pytest.mark.parametrize("sight", [Sight(left=300, right=0), Sight(left=3, right=0), Sight(right=0, chunk=200)])

@@ -147,17 +147,31 @@ def test_one_row_of_positions_serves_the_batch():
     close(net(x, state=state), net(x, state=other), 0)
 
 
+def prefixed(positions, count):
+    return At(positions[None], prefix=positions[None] < count)
+
+
 @torch.no_grad()
-def test_a_prefix_and_documents_go_through_the_cache():
+def test_a_prefix_goes_through_the_cache_and_is_forgotten():
+    """Prefix keys are seen from before them: one that outlived a reset or a rewind would show."""
     net = model(STACKS["static"])
-    state, x = net.init_state(1, length=20), torch.randn(1, 9, 32)
-    prefix = At(torch.arange(6)[None], prefix=torch.arange(6)[None] < 4)
-    whole = net(x, At(torch.arange(9)[None], prefix=torch.arange(9)[None] < 4))
-    close(net(x[:, :6], prefix, state=state), whole[:, :6])
+    state, x, every = net.init_state(1, length=20), torch.randn(1, 9, 32), torch.arange(9)
+    close(net(x[:, :6], prefixed(every[:6], 4), state=state), net(x, prefixed(every, 4))[:, :6])
+    state.rewind(torch.tensor([2]))
+    late = At(every[None, 2:3], prefix=torch.zeros(1, 1, dtype=torch.bool))
+    close(net(x[:, 2:3], late, state=state), net(x[:, :3], prefixed(every[:3], 2))[:, 2:])
+    net(x[:, 3:], prefixed(every[3:], 9), state=state)
     state.reset()
-    first = net(x[:, :4], At(torch.arange(4)[None], torch.full((1, 4), 7)), state=state)
-    second = net(x[:, 4:], At(torch.arange(5)[None], torch.full((1, 5), 8)), state=state)
-    close(torch.cat([first, second], 1), torch.cat([net(x[:, :4]), net(x[:, 4:])], 1))
+    close(net(x[:, :3], prefixed(every[:3], 1), state=state), net(x[:, :3], prefixed(every[:3], 1)))
+
+
+@torch.no_grad()
+def test_documents_go_through_the_cache():
+    net = model(STACKS["static"])
+    state, x, every = net.init_state(1, length=20), torch.randn(1, 9, 32), torch.arange(9)[None]
+    parts = [net(part, At(at, torch.full_like(at, i)), state=state)
+             for i, (part, at) in enumerate(zip(x.split(4, 1), every.split(4, 1), strict=True))]
+    close(torch.cat(parts, 1), torch.cat([net(part) for part in x.split(4, 1)], 1))
 
 
 # ----------------------------------------------------------------------------------- a tree of fixed tensors

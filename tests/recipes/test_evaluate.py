@@ -14,6 +14,7 @@ from torch import nn
 from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes import cli
+from mm.recipes.bench.emojicross import cases
 from mm.recipes.data.pairs import read_pairs
 from mm.recipes.evaluate import Meter, flat, open_source
 from mm.recipes.train.settings import ImageTower, Shape, TextTower
@@ -132,3 +133,10 @@ def test_a_random_model_scores_near_chance_on_pairs(model, tmp_path):
         (tmp_path / f"{i}.txt").write_text(f"red {i}")
     values = Meter(clip=CLIP.from_pretrained(model), templates=())({"": read_pairs(str(tmp_path))})
     assert values["i2t"]["R@1"] < 20
+
+
+def test_the_benchmark_asks_for_the_first_rank_where_there_is_a_floor():
+    found = {"S1": {"i2t": {"R@1": 30.0, "R@5": 40.0}, "t2i": {"R@1": 9.0, "R@5": 20.0}}}
+    rows = cases(found, {"S1": {"i2t": {"R@1": 31.0, "R@5": 50.0}}})
+    assert [(row.case, row.peer, row.ok) for row in rows] == [
+        ("S1 i2t R@1", 31.0, False), ("S1 i2t R@5", 50.0, True), ("S1 t2i R@1", None, True), ("S1 t2i R@5", None, True)]

@@ -21,6 +21,7 @@ from safetensors.torch import load_file
 from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes import cli
+from mm.recipes.data.bpe_dropout import LooseTokenizer
 from mm.recipes.data.module import by_group, crop_box, word
 from mm.recipes.data.pairs import read_pairs
 from mm.recipes.data.sampler import generator
@@ -32,6 +33,7 @@ from mm.recipes.train.loss import clip_loss
 from mm.recipes.train.optim import adamw, rate, update_average
 from mm.recipes.train.run import read_log
 from mm.recipes.train.settings import ClipJob, Loss, Optim
+from mm.tokenizer import train_bpe
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (30, 60, 220), "black": (10, 10, 10)}
 SHAPES = {"circle": "ellipse", "square": "rectangle"}
@@ -112,7 +114,8 @@ def test_two_processes_train_as_one(data, tmp_path):
 
 def test_a_run_leaves_logs_curves_metrics_and_a_model(data, tmp_path, capsys):
     out = tmp_path / "run"
-    argv = options(data, out, "--data.val", str(data / "pairs.csv"), "--data.words", "{drop: 0.3}", "--data.workers=1")
+    argv = options(data, out, "--data.val", str(data / "pairs.csv"), "--data.words", "{drop: 0.3}",
+                   "--data.workers=1", "--data.bpe_dropout", "0.2")
     assert cli.main(["train", "clip", *argv]) == 0
     said = capsys.readouterr().err
     assert "24 pictures, 48 captions" in said and "step 40 of 40: i2t R@1" in said
@@ -153,7 +156,8 @@ def test_fine_tuning_starts_from_a_model_with_its_own_tokenizer_and_pictures(dat
     first = train(data, tmp_path / "first", "--trainer.max_steps", "10")
     out = tmp_path / "tuned"
     fit(parse(ClipJob, "mm", ["--model", str(first / "model"), "--data.path", str(data / "pairs.csv"),
-                              "--out", str(out), "--data.batch_size", "8", "--trainer.max_steps", "2", "--optim.lr", "1e-9",
+                              "--out", str(out), "--data.batch_size", "8", "--trainer.max_steps", "2",
+                              "--optim.lr", "1e-9",
                               "--optim.warmup", "0", "--trainer.accelerator", "cpu"]))
     old, new = CLIP.from_pretrained(first / "model"), CLIP.from_pretrained(out / "model")
     assert new.spec == old.spec and new.preprocessing == old.preprocessing
@@ -301,3 +305,17 @@ def test_items_by_group(data):
     groups = by_group(pairs)
     assert len(groups) == 8 and sorted(sum(groups, [])) == list(range(24))
     assert all(len({pairs.items[i].captions for i in members}) == 1 for members in groups)
+
+
+def test_bpe_dropout_breaks_words_at_random_but_loses_nothing():
+    tokenizer = train_bpe(["smiling cat with smiling eyes", "cats smile"] * 3, 600)
+    texts = ["Smiling cat", "caf\u00e9 eyes!"]
+    none, half, all_ = (LooseTokenizer(tokenizer, rate) for rate in (0.0, 0.5, 1.0))
+    assert torch.equal(none(texts, 40, [generator(1), generator(2)]), tokenizer(texts, 40))
+    first, again, other = (half(texts, 40, [generator(seed), generator(seed, 1)]) for seed in (1, 1, 2))
+    assert torch.equal(first, again) and not torch.equal(first, other)
+    assert tokenizer.decode(first[0]) == tokenizer.decode(other[0]) == "smiling cat"
+    letters = (all_(texts, 40, [generator(1), generator(2)]) != tokenizer.pad_id).sum(dim=1)
+    assert letters.tolist() == [1 + len("smilingcat"), 1 + len("caf\u00e9eyes!".encode())]
+    with pytest.raises(InputError, match="bpe_dropout"):
+        LooseTokenizer(replace(tokenizer, pieces=none.pieces), 0.1)

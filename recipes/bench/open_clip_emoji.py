@@ -1,0 +1,103 @@
+"""`mm bench open_clip_emoji`: open_clip's own CLIP and loss, trained on EmojiCross with our recipe's settings (size,
+pictures and captions in the same order, augmentation, batch, steps, optimizer, averaged weights), measured alike."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor, nn
+
+from ...encoders.clip import CLIP
+from ..data.module import PairsModule
+from ..data.pairs import read_pairs
+from ..evaluate import Meter, open_source
+from ..search.embed import Embedder
+from ..train.clip import ClipRecipe
+from ..train.command import parse
+from ..train.fit_clip import lightning_trainer, model_input, quiet, starting_model
+from ..train.run import LAST
+from ..train.settings import ClipJob, Shape
+from ..train.watch import Watch
+from ..weights import emoji_clip
+from .emojicross import TOLD, case
+from .report import report
+
+
+def open_clip_emoji(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mm bench open_clip_emoji", description=__doc__)
+    parser.add_argument("--out", required=True, help="directory of the peer's run, continued if it exists")
+    parser.add_argument("--model", help="our model, trained by the same settings (default: the weights that ship)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args, settings = parser.parse_known_args(argv)
+    job = parse(ClipJob, "mm bench open_clip_emoji", ["--config", "clip_emoji.yaml", "--out", args.out, *settings])
+    source = open_source("emojicross", ())
+    peer = Meter(clip=train_peer(job), templates=())(source)
+    ours = Meter(clip=Embedder.load(args.model or emoji_clip()).clip, templates=())(source)
+    cases = [case(f"{split} {way} {k}", ours[split][way][k], peer[split][way][k])
+             for split in ours for way in ours[split] for k in TOLD]
+    return report("open_clip_emoji", cases, packages=("torch", "open_clip_torch"), json_file=args.json)
+
+
+class Peer(nn.Module):
+    """open_clip's CLIP of a shape, with our preprocessing and tokenizer, as `ClipRecipe` and `Meter` call a model."""
+
+    def __init__(self, shape: Shape, ours: CLIP) -> None:
+        super().__init__()
+        from open_clip.model import CLIP as OpenCLIP
+
+        image, text = shape.image, shape.text
+        vision = {"image_size": image.size, "patch_size": image.patch, "width": image.width, "layers": image.depth,
+                  "head_width": image.width // image.heads, "mlp_ratio": image.mlp, "ls_init_value": image.layer_scale,
+                  "patch_dropout": image.patch_dropout}
+        words = {"context_length": text.context, "vocab_size": ours.tokenizer.vocab_size, "width": text.width,
+                 "heads": text.heads, "layers": text.depth, "mlp_ratio": text.mlp}
+        self.model = OpenCLIP(embed_dim=shape.dim, vision_cfg=vision, text_cfg=words,
+                              init_logit_scale=ours.spec.logit_scale)
+        self.preprocessing, self.tokenizer, self.context = ours.preprocessing, ours.tokenizer, text.context
+        self.logit_bias = None
+
+    @property
+    def logit_scale(self) -> nn.Parameter:
+        return self.model.logit_scale
+
+    def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
+        return self.encode_image(pixels), self.encode_text(ids)
+
+    def encode_image(self, pixels: Tensor) -> Tensor:
+        return self.model.encode_image(pixels)
+
+    def encode_text(self, ids: Tensor) -> Tensor:
+        return self.model.encode_text(ids)
+
+    def preprocess(self, image: object) -> Tensor:
+        return self.preprocessing(image)
+
+    def tokenize(self, texts: Sequence[str]) -> Tensor:
+        return self.tokenizer(texts, self.context)
+
+
+class PeerRecipe(ClipRecipe):
+    """Our steps with open_clip's loss."""
+
+    def objective(self, image: Tensor, text: Tensor, group: Tensor) -> Tensor:
+        from open_clip.loss import ClipLoss
+
+        image, text = (nn.functional.normalize(x, dim=-1) for x in (image, text))
+        return ClipLoss()(image, text, self.clip.logit_scale.exp())
+
+
+def train_peer(job: ClipJob) -> nn.Module:
+    """The averaged weights at the end of the run."""
+    quiet()
+    out = Path(job.out)
+    out.mkdir(parents=True, exist_ok=True)
+    pairs = read_pairs(job.data.path)
+    ours = starting_model(job, pairs)
+    recipe = PeerRecipe(ours.spec, job.optim, job.loss, job.trainer.seed, Peer(job.shape, ours))
+    module = PairsModule(pairs, replace(model_input(ours), trim=False), job.data, job.augment, job.trainer.seed)
+    last = out / LAST if (out / LAST).exists() else None
+    lightning_trainer(job.trainer, Watch(out, job.trainer, None)).fit(recipe, module, ckpt_path=last, weights_only=True)
+    return recipe.average.eval()
