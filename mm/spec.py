@@ -190,7 +190,7 @@ class Rope:
         width = self.dim or head_dim
         require(0 < width <= head_dim and width % 2 == 0,
                 f"Rope.dim must be even and at most head_dim {head_dim}, not {width}")
-        if isinstance(self.axes, Axial | Mixed):
+        if isinstance(self.axes, Axial):
             require(width // 2 % self.axes.axes == 0, f"{width // 2} angles cannot be shared by {self.axes.axes} axes")
         if isinstance(self.axes, Sections):
             require(sum(self.axes.sizes) == width // 2, f"Sections.sizes must add up to {width // 2} angles")

@@ -10,9 +10,9 @@ BENCHES = {
     "clip": ("mm.recipes.bench.clip:clip", "ViT-B/32 encode and training step against open_clip"),
     "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),
     "imports": ("mm.recipes.bench.imports:imports", "what `import mm` costs beside `import torch`"),
-    "emojicross": ("mm.recipes.bench.emojicross:emojicross", "unseen styles and concepts beside floors without a network"),
+    "emojicross": ("mm.recipes.bench.emojicross:emojicross", "unseen styles and concepts beside non-neural floors"),
     "open_clip_emoji": ("mm.recipes.bench.open_clip_emoji:open_clip_emoji",
-                        "our emoji recipe against open_clip's model and loss, trained alike (long)"),
+                        "our emoji recipe against open_clip's model and loss (half an hour)"),
 }
 
 

@@ -16,7 +16,7 @@ from mm.errors import InputError
 TABLE, ANN = "pictures", "vector_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
-PROBES = 32  # partitions compared per query
+PROBES = 24  # partitions compared per query
 KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
 TEXTS = ("path", "hash", "caption")
 NUMBERS = ("size", "mtime_ns", "width", "height")

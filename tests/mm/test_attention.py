@@ -61,15 +61,19 @@ def test_a_gate_per_element_is_qwen3_nexts():
     close(ours(x), x + called(theirs, LlamaRotaryEmbedding(LlamaConfig(**GROUPED)), x))
 
 
-def test_a_gate_per_head_multiplies_each_head():
-    gated = redraw(alone(attention(gate="head")))
+@pytest.mark.parametrize("differential", [False, True])
+@pytest.mark.parametrize("gate", ["head", "element"])
+def test_a_gate_multiplies_the_heads(gate, differential):
+    base = attention(gate=gate)
+    gated = redraw(alone(spec.Differential(base=base, lambda_init=0.4) if differential else base))
     mixer, x = gated.blocks[0].mixer, torch.randn(2, LENGTH, DIM)
     heads = []
     mixer.out.register_forward_pre_hook(lambda module, args: heads.append(args[0]))
     gated(x)
     weight, mixer.gate = mixer.gate.weight, None
     gated(x)
-    close(heads[0], (heads[1].unflatten(-1, (4, 8)) * torch.sigmoid(x @ weight.T).unsqueeze(-1)).flatten(-2))
+    factor = torch.sigmoid(x @ weight.T).unflatten(-1, (4, -1))
+    close(heads[0], (heads[1].unflatten(-1, (4, -1)) * factor).flatten(-2))
 
 
 def test_an_extra_key_is_torchs_add_bias_kv():
@@ -234,6 +238,7 @@ def test_memory_of_another_width_is_torchs_kdim():
 def test_cross_attention_without_a_fitting_memory_is_refused():
     layer = spec.Layer(mixer=attention(), cross=attention(), mlp=spec.Mlp(hidden=8))
     net, x = Transformer(spec.Stack(dim=DIM, layers=(layer,), memory_dim=20)), torch.zeros(2, 5, DIM)
+    assert net(x, memory=torch.zeros(2, 9, 20)).shape == x.shape
     for memory in (None, torch.zeros(2, 9, DIM), torch.zeros(3, 9, 20), torch.zeros(2, 20)):
         with pytest.raises(InputError, match=r"memory \(2, S, 20\)"):
             net(x, memory=memory)

@@ -1,6 +1,7 @@
 """Rotary positions against transformers and timm, each beyond the length that its scaling was made for."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -181,6 +182,19 @@ def test_centred_grid_normalises_like_timm(normalise):
     settings = spec.Rope(theta=100.0, frequency=2 * math.pi, axes=spec.Axial())
     ours = turned(x, rope.centred_grid(5, 12, normalise=normalise)[None], settings)
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([5, 12]), half=True))
+
+
+def test_three_axes_turn_a_third_each():
+    """Each third of the angles is a rope of its own; learned axes add up."""
+    x, coords = torch.randn(2, 3, 50, 24), torch.randn(2, 50, 3)
+    one = spec.Rope(layout="interleaved")
+    thirds = [turned(part, coords[..., axis], one) for axis, part in enumerate(x.split(8, -1))]
+    close(turned(x, coords, replace(one, axes=spec.Axial(axes=3))), torch.cat(thirds, -1))
+    learned = torch.randn(3, 3, 12)
+    ours = turned(x, coords, replace(one, axes=spec.Mixed(axes=3)), learned)
+    angle = torch.einsum("bta,ahr->bhtr", coords, learned)
+    wanted = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
+    close(ours, torch.view_as_real(wanted).flatten(-2))
 
 
 def test_a_prefix_token_at_coordinate_0_does_not_turn():

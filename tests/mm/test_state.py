@@ -147,6 +147,28 @@ def test_one_row_of_positions_serves_the_batch():
     close(net(x, state=state), net(x, state=other), 0)
 
 
+@torch.no_grad()
+def test_coordinates_stream_beside_positions():
+    """M-RoPE and learned axes: the window goes by position, the rotation by coordinates."""
+    axes = spec.Sections(sizes=(1, 2, 1))
+    net = model(stack(attention(sight=Sight(left=4, right=0), rope=Rope(axes=axes)),
+                      attention(sight=CAUSAL, kv_heads=4, rope=Rope(axes=spec.Mixed(axes=3)))))
+    x, at = torch.randn(2, 20, 32), along(2, 20, coords=torch.rand(2, 20, 3) * 9)
+    state = net.init_state(2, length=20, chunk=3)
+    parts = [net(x[:, i:i + 5], at.rows(i, i + 5), state=state) for i in range(0, 20, 5)]
+    close(torch.cat(parts, 1), net(x, at))
+
+
+@torch.no_grad()
+def test_a_decoder_streams_beside_its_memory():
+    near = attention(sight=Sight(left=4, right=0), rope=Rope())
+    net = model(stack(near, attention(sight=CAUSAL), cross=attention(sinks=True)))
+    x, memory, at = torch.randn(2, 20, 32), torch.randn(2, 9, 32), padded(torch.arange(9) < torch.tensor([[5], [9]]))
+    state = net.init_state(2, length=20, chunk=3)
+    parts = [net(part, state=state, memory=memory, memory_at=at) for part in x.split(7, 1)]
+    close(torch.cat(parts, 1), net(x, memory=memory, memory_at=at))
+
+
 def prefixed(positions, count):
     return At(positions[None], prefix=positions[None] < count)
 
@@ -215,6 +237,7 @@ def test_clone_select_and_to_are_copies():
     close(net(x[[2, 0]], state=part), y[[2, 0]])
     assert clone.fingerprint == state.fingerprint and clone.chunk == CHUNK
     assert {x.device.type for _, x in tensors(state.to("meta"))} == {"meta"}
+    assert {x.device.type for _, x in tensors(net.init_state(1, length=4, device="meta"))} == {"meta"}
 
 
 @torch.no_grad()
