@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mm import checkpoint
 from mm.errors import InputError
-from mm.spec import fingerprint
+from mm.schema import fingerprint
 from mm.tokenizer import Tokenizer, load_tokenizer
 
 from . import families, spec

@@ -17,7 +17,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.spec import require, spec
+from mm.schema import require, spec
 
 from . import preprocess_files as files
 from .preprocess_files import CLIP_MEAN, CLIP_STD, FILTERS

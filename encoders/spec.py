@@ -6,7 +6,8 @@ import math
 from typing import Literal
 
 from mm.errors import InputError
-from mm.spec import LayerNorm, Mlp, Norm, Stack, require, spec
+from mm.schema import require, spec
+from mm.spec import LayerNorm, Mlp, Norm, Stack
 
 
 # --------------------------------------------------------------------------------------------- pictures

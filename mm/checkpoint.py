@@ -19,7 +19,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 
-from mm import spec
+from mm import schema
 from mm.errors import InputError
 from mm.tables import IDENTITY, Shape, Table
 
@@ -209,12 +209,12 @@ def own(value: Tensor) -> Tensor:
 
 def pack(family: str, settings: Any) -> dict[str, Any]:
     """The config of this package's own layout."""
-    return {"family": family, "spec": spec.to_data(settings)}
+    return {"family": family, "spec": schema.to_data(settings)}
 
 
 def unpack(config: Mapping[str, Any], kind: type[S], where: str) -> S:
     """The spec in such a config; raises InputError unless it is one of this kind."""
-    settings = spec.from_data(config.get("spec"), where)
+    settings = schema.from_data(config.get("spec"), where)
     if not isinstance(settings, kind):
         raise InputError(f"{where} should hold a {kind.__name__} under spec, not {settings!r:.80}")
     return settings

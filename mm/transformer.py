@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from mm import rope as rotary
-from mm import spec
+from mm import schema, spec
 from mm.attention import Scene
 from mm.block import Block
 from mm.errors import InputError
@@ -25,7 +25,7 @@ class Transformer(nn.Module):
 
     def __init__(self, stack: spec.Stack):
         super().__init__()
-        self.stack, self.fingerprint = stack, spec.fingerprint(stack)
+        self.stack, self.fingerprint = stack, schema.fingerprint(stack)
         self.blocks = nn.ModuleList(Block(stack.dim, layer, stack.memory_dim) for layer in stack.layers)
         self.final_norm = build_norm(stack.final_norm, stack.dim)
         self.bias = build_bias(stack.relative, attention(stack.layers[0]).heads) if stack.layers else None

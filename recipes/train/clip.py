@@ -11,7 +11,7 @@ import lightning
 import torch
 from torch import Tensor
 
-from mm.spec import from_data, to_data
+from mm.schema import from_data, to_data
 
 from ...encoders.clip import CLIP
 from ...encoders.spec import CLIPSpec

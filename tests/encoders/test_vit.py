@@ -16,7 +16,8 @@ from mm.encoders.spec import (
     ViTSpec,
 )
 from mm.errors import InputError
-from mm.spec import CAUSAL, EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack, from_json, to_json
+from mm.schema import from_json, to_json
+from mm.spec import CAUSAL, EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack
 
 
 def stack(sight=EVERYWHERE):

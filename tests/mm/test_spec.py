@@ -8,10 +8,10 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from mm import spec
+from mm import schema, spec
 from mm.errors import InputError
 
-OWN = {name: cls for name, cls in vars(spec).items() if name in spec.SPECS and spec.SPECS[name] is cls}
+OWN = {name: cls for name, cls in vars(spec).items() if name in schema.SPECS and schema.SPECS[name] is cls}
 
 
 def values(kind):
@@ -33,7 +33,7 @@ def specs(cls):
     """Any spec of this class that its checks let through."""
     @st.composite
     def build(draw):
-        fields = {name: draw(values(kind)) for name, kind in spec.field_types(cls).items()}
+        fields = {name: draw(values(kind)) for name, kind in schema.field_types(cls).items()}
         chosen = draw(st.sets(st.sampled_from(sorted(fields)))) if fields else set()
         needed = {f.name for f in dataclasses.fields(cls) if f.default is dataclasses.MISSING}
         try:
@@ -54,20 +54,20 @@ REPLACEMENTS = {
 
 @given(st.sampled_from(sorted(OWN)).flatmap(lambda name: specs(OWN[name])))
 def test_every_spec_goes_through_json_and_back(settings):
-    again = spec.from_json(spec.to_json(settings))
+    again = schema.from_json(schema.to_json(settings))
     assert again == settings and type(again) is type(settings)
-    assert spec.fingerprint(again) == spec.fingerprint(settings) and hash(again) == hash(settings)
+    assert schema.fingerprint(again) == schema.fingerprint(settings) and hash(again) == hash(settings)
 
 
 def test_json_leaves_defaults_out_and_names_classes():
-    data = spec.to_data(spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)))
+    data = schema.to_data(spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)))
     heads = {"is": "Attention", "heads": 4, "kv_heads": 2, "head_dim": 8}
     assert data == {"is": "Stack", "dim": 8, "layers": [{"is": "Layer", "mixer": heads}]}
 
 
 def test_equal_specs_have_one_fingerprint_and_different_ones_two():
-    assert spec.fingerprint(spec.LinearScaling(factor=8)) == spec.fingerprint(spec.LinearScaling(factor=8.0))
-    prints = {spec.fingerprint(dataclasses.replace(HEADS, **change))
+    assert schema.fingerprint(spec.LinearScaling(factor=8)) == schema.fingerprint(spec.LinearScaling(factor=8.0))
+    prints = {schema.fingerprint(dataclasses.replace(HEADS, **change))
               for change in ({}, {"heads": 8}, {"softcap": 1.0}, {"sinks": True}, {"sight": spec.CAUSAL})}
     assert len(prints) == 5 and all(len(x) == 16 for x in prints)
 
@@ -80,7 +80,7 @@ def test_specs_are_frozen_and_keyword_only():
 
 
 # ------------------------------------------------------------------------------------------------ from files
-STACK = spec.to_data(spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS, mlp=spec.Mlp(hidden=8)),)))
+STACK = schema.to_data(spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS, mlp=spec.Mlp(hidden=8)),)))
 
 
 @pytest.mark.parametrize("place, value, words", [
@@ -106,12 +106,12 @@ def test_mistakes_in_a_file_are_named(place, value, words):
         here = here[step]
     here[last] = value
     with pytest.raises(InputError, match=words):
-        spec.from_json(json.dumps(data))
+        schema.from_json(json.dumps(data))
 
 
 def test_text_that_is_not_json_is_refused():
     with pytest.raises(InputError, match="JSON"):
-        spec.from_json("{'is': 'Stack'}")
+        schema.from_json("{'is': 'Stack'}")
 
 
 # --------------------------------------------------------------------------------------------- contradictions

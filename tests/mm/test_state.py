@@ -12,7 +12,7 @@ from safetensors.torch import load_file, save_file
 from support import attention, close, model, stack
 from torch.utils import _pytree as pytree
 
-from mm import spec
+from mm import schema, spec
 from mm.errors import InputError
 from mm.spec import CAUSAL, Rope, Sight
 from mm.tree import tensors
@@ -272,7 +272,7 @@ def test_a_cache_in_half_the_precision():
 # ---------------------------------------------------------------------------------------------------- files
 ELSEWHERE = """
 import json, sys, torch
-from mm.spec import from_json
+from mm.schema import from_json
 from mm.transformer import Transformer
 folder = sys.argv[1]
 net = Transformer(from_json(open(folder + "/spec").read())).eval()
@@ -291,7 +291,7 @@ def test_saved_here_and_loaded_in_another_process(tmp_path):
     state.save(tmp_path / "state")
     assert [path.name for path in tmp_path.iterdir()] == ["state"]
     torch.save(net.state_dict(), tmp_path / "weights")
-    (tmp_path / "spec").write_text(spec.to_json(net.stack))
+    (tmp_path / "spec").write_text(schema.to_json(net.stack))
     done = subprocess.run([sys.executable, "-c", ELSEWHERE, tmp_path], capture_output=True, text=True, check=True)
     close(torch.tensor(json.loads(done.stdout)), net(torch.ones(ROWS, 2, 32), state=state)[..., 0])
 
