@@ -8,6 +8,7 @@ from mm.encoders.pooling import Head, build_pool
 from mm.encoders.spec import (
     ArgmaxPool,
     EosPool,
+    FlattenPool,
     MaxPool,
     MeanPool,
     ProbePool,
@@ -30,6 +31,7 @@ REAL = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [True] * 2 + [False] 
     (MeanPool(prefix=True), X.mean(1)),
     (MaxPool(), X[:, 2:].max(1).values),
     (MaxPool(prefix=True), X.max(1).values),
+    (FlattenPool(tokens=5), X[:, 2:].reshape(3, 60)),
 ])
 def test_pools_of_pictures(settings, expected):
     torch.testing.assert_close(build_pool(settings, 12)(X, prefix=2), expected)
@@ -103,3 +105,10 @@ def test_head_without_norm_and_projection_is_the_pool():
 def test_query_pool_heads_must_divide_its_width():
     with pytest.raises(InputError, match="QueryPool.dim 8 cannot be split over 3 heads"):
         QueryPool(queries=1, heads=3, dim=8, then=TokenPool())
+
+
+def test_flatten_serves_one_number_of_patches():
+    head = Head(12, HeadSpec(pool=FlattenPool(tokens=5), proj=Projection(dim=4)))
+    assert head.proj(head.pooled(X, prefix=2)).shape == (3, 4)
+    with pytest.raises(InputError, match="made for 5 patches cannot serve 6"):
+        head.pooled(X, prefix=1)

@@ -6,6 +6,7 @@ import torch
 from mm.encoders import TextEncoder, ViT
 from mm.encoders.spec import (
     ArgmaxPool,
+    FlattenPool,
     GridTable,
     Head,
     MeanPool,
@@ -176,3 +177,10 @@ def test_exports_with_a_dynamic_batch():
         program = torch.export.export(Encode(tower), (value,), dynamic_shapes=({0: batch},))
         wide = torch.cat([value, value.flip(0), value])
         torch.testing.assert_close(program.module()(wide), tower.encode(wide))
+
+
+def test_flatten_pool_and_patch_dropout_exclude_each_other():
+    layer = Layer(mixer=Attention(heads=1, kv_heads=1, head_dim=8))
+    with pytest.raises(InputError, match="flatten pool needs every patch"):
+        ViTSpec(image=(8, 8), patches=Patches(size=(4, 4)), stack=Stack(dim=8, layers=(layer,)),
+                head=Head(pool=FlattenPool(tokens=4)), patch_dropout=0.5)
