@@ -76,11 +76,11 @@ def build(path: Path, vectors: np.ndarray) -> tuple[Index, float]:
             bar.step(len(chunk))
         bar.say("partitioning")
         spent += _seconds(index.optimize)
-    return index, spent
+    return Index.open(path), spent
 
 
 def _row(number: int, vector: np.ndarray) -> Row:
-    return Row(path=str(number), size=0, mtime_ns=0, hash="", caption="", width=1, height=1, vector=vector)
+    return Row(path=str(number), size=0, mtime_ns=0, hash="", caption=None, width=1, height=1, vector=vector)
 
 
 def _seconds(work: Callable[[], None]) -> float:

@@ -92,7 +92,7 @@ class Library:
 
 def _hit(rank: int, match: Match) -> Hit:
     style = STYLES[match.path.split("/")[0]]
-    return Hit(rank=rank, score=match.score, name=match.caption, style=style, path=match.path)
+    return Hit(rank=rank, score=match.score, name=match.caption or match.path, style=style, path=match.path)
 
 
 def _home() -> Path:

@@ -28,12 +28,12 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFile:
-    """A picture in a folder: its path from there with "/", bytes, time, and the text of the .txt file beside it."""
+    """A picture in a folder: its path from there with "/", bytes, time, and the words of the .txt file beside it, if any."""
 
     path: str
     size: int
     mtime_ns: int
-    caption: str
+    caption: str | None
 
 
 @dataclass(kw_only=True)
@@ -50,14 +50,14 @@ class Walk:
         try:
             path.encode()
             about = file.stat()
-            caption = " ".join(file.with_suffix(".txt").read_text("utf-8", "replace").split()) if captioned else ""
+            words = file.with_suffix(".txt").read_text("utf-8", "replace").split() if captioned else []
         except UnicodeEncodeError:
             self.unreadable[ascii(path)] = "the file name is not UTF-8"
         except OSError as error:
             self.refuse(error)
         else:
             self.pictures.append(
-                PictureFile(path=path, size=about.st_size, mtime_ns=about.st_mtime_ns, caption=caption)
+                PictureFile(path=path, size=about.st_size, mtime_ns=about.st_mtime_ns, caption=" ".join(words) or None)
             )
 
     def refuse(self, error: OSError) -> None:

@@ -16,7 +16,7 @@ from mm.errors import InputError
 TABLE, ANN = "pictures", "vector_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
-PROBES = 24  # partitions compared per query
+PROBES = 16  # partitions compared per query, at least
 KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
 TEXTS = ("path", "hash", "caption")
 NUMBERS = ("size", "mtime_ns", "width", "height")
@@ -30,7 +30,7 @@ class Row:
     size: int
     mtime_ns: int
     hash: str
-    caption: str
+    caption: str | None
     width: int
     height: int
     vector: np.ndarray
@@ -42,7 +42,7 @@ class Match:
 
     path: str
     score: float
-    caption: str
+    caption: str | None
 
 
 class Index:
@@ -55,6 +55,7 @@ class Index:
         self.model, self.fingerprint = about[b"model"].decode(), about[b"fingerprint"].decode()
         self.folder = Path(schema.field("path").metadata[b"folder"].decode())
         self.dim = schema.field("vector").type.list_size
+        self.probes = max(PROBES, _partitions(len(self)) // 64)
 
     @classmethod
     def create(cls, path: str | Path, *, model: str, fingerprint: str, dim: int, folder: Path) -> Index:
@@ -155,7 +156,7 @@ class Index:
         if stats:
             self.table.drop_index(ANN)
         self.compact()  # first: the partitions' centres are learned from a sample, a poor one over many small files
-        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=math.isqrt(rows)))
+        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=_partitions(rows)))
 
     def compact(self) -> None:
         """Joins small files and drops old states."""
@@ -164,12 +165,16 @@ class Index:
     def nearest(self, vector: np.ndarray, top: int) -> list[Match]:
         """The `top` rows with the largest cosine to `vector` (E,), best first.
 
-        Exact below ANN_ROWS rows; above, all rows of the PROBES nearest partitions are compared exactly.
+        Exact below ANN_ROWS rows; above, all rows of the nearest partitions are.
         Raises InputError when the width differs.
         """
         if vector.shape != (self.dim,):
             raise InputError(f"{self.path} holds vectors of shape ({self.dim},), the query has shape {vector.shape}")
-        query = self.table.search(vector).distance_type("cosine").nprobes(PROBES).limit(top)
+        query = self.table.search(vector).distance_type("cosine").nprobes(self.probes).limit(top)
         found = query.select(["path", "caption", "_distance"]).to_arrow().to_pydict()
         rows = zip(found["path"], found["_distance"], found["caption"], strict=True)
         return [Match(path=path, score=1.0 - distance, caption=caption) for path, distance, caption in rows]
+
+
+def _partitions(rows: int) -> int:
+    return math.isqrt(rows)

@@ -232,7 +232,7 @@ def test_text_and_picture_find_what_is_nearest(photos, tmp_path, run):
     query = paint(tmp_path / "query.png", "blue")
     answer = json.loads(run("search", tmp_path / "a.lance", "--image", query, "--json")[1])
     assert answer["model"] == "eye" and answer["pictures"] == 4 and len(answer["results"]) == 4
-    assert answer["results"][0] == {"rank": 1, "path": "sub/it's blue.png", "caption": "", "score": pytest.approx(1.0)}
+    assert answer["results"][0] == {"rank": 1, "path": "sub/it's blue.png", "caption": None, "score": pytest.approx(1.0)}
     assert [hit["score"] for hit in answer["results"][1:]] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
@@ -284,7 +284,7 @@ def test_a_large_index_is_partitioned_and_its_scores_stay_exact(tmp_path, monkey
 
 
 def rows(vectors: np.ndarray, start: int = 0) -> list[Row]:
-    about = {"size": 0, "mtime_ns": 0, "hash": "", "caption": "", "width": 1, "height": 1}
+    about = {"size": 0, "mtime_ns": 0, "hash": "", "caption": None, "width": 1, "height": 1}
     return [Row(path=str(start + i), vector=vector, **about) for i, vector in enumerate(vectors)]
 
 
