@@ -73,6 +73,7 @@ class Library:
         found = walk(home / "pictures")
         index = open_or_create(home / f"{embedder.fingerprint}.lance", embedder, found.root)
         refresh(index, embedder, found)
+        index.warm()
         return cls(index, embedder)
 
     def by_text(self, text: str, top: int) -> Answer:

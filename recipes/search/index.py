@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 TOUCHES = 1000  # paths with a new time but the same picture, per commit
-COMMITS = 1000  # between two rounds of joining small files
+COMMITS = 256  # between two rounds of joining small files
 
 
 @dataclass(kw_only=True)
@@ -63,10 +63,13 @@ def index(argv: list[str]) -> int:
     found = walk(args.folder)
     if not found.pictures and not found.unreadable:
         raise InputError(f"{args.folder} holds no pictures")
-    known = Index.open(args.to) if Index.exists(args.to) else None
-    if known and known.folder != found.root and known.folder.exists():
-        raise InputError(f"{args.to} is the index of {known.folder}, not of {found.root}; give --to another name")
-    embedder = Embedder.load(args.model or (known.model if known else MODEL), args.device)
+    model = args.model or MODEL
+    if Index.exists(args.to):
+        known = Index.open(args.to)
+        if known.folder != found.root and known.folder.exists():
+            raise InputError(f"{args.to} is the index of {known.folder}, not of {found.root}; give --to another name")
+        model = args.model or known.model
+    embedder = Embedder.load(model, args.device)
     counts = refresh(open_or_create(args.to, embedder, found.root), embedder, found, args.batch)
     print(f"{counts}; {found.others} other files")
     return 0

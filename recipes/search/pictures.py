@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import os
+import stat
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -28,7 +29,7 @@ Result = TypeVar("Result")
 
 @dataclass(frozen=True, kw_only=True)
 class PictureFile:
-    """A picture in a folder: its path from there with "/", bytes, time, and the words of the .txt file beside it, if any."""
+    """A picture in a folder: its path from there with "/", bytes, time, the words of the .txt file beside it."""
 
     path: str
     size: int
@@ -53,12 +54,15 @@ class Walk:
             words = file.with_suffix(".txt").read_text("utf-8", "replace").split() if captioned else []
         except UnicodeEncodeError:
             self.unreadable[ascii(path)] = "the file name is not UTF-8"
+            return
         except OSError as error:
-            self.refuse(error)
-        else:
+            return self.refuse(error)
+        if stat.S_ISREG(about.st_mode):
             self.pictures.append(
                 PictureFile(path=path, size=about.st_size, mtime_ns=about.st_mtime_ns, caption=" ".join(words) or None)
             )
+        else:
+            self.unreadable[path] = "not a file that can be read to its end"
 
     def refuse(self, error: OSError) -> None:
         self.unreadable[self.relative(Path(os.fsdecode(error.filename)))] = error.strerror or str(error)

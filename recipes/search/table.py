@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +17,7 @@ from mm.errors import InputError
 TABLE, ANN = "pictures", "vector_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
-PROBES = 16  # partitions compared per query, at least
+PROBES = 24  # partitions compared per query, at least
 KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
 TEXTS = ("path", "hash", "caption")
 NUMBERS = ("size", "mtime_ns", "width", "height")
@@ -55,12 +56,11 @@ class Index:
         self.model, self.fingerprint = about[b"model"].decode(), about[b"fingerprint"].decode()
         self.folder = Path(schema.field("path").metadata[b"folder"].decode())
         self.dim = schema.field("vector").type.list_size
-        self.probes = max(PROBES, _partitions(len(self)) // 64)
+        self.probes = max(PROBES, _partitions(len(self)) // 40)
 
     @classmethod
     def create(cls, path: str | Path, *, model: str, fingerprint: str, dim: int, folder: Path) -> Index:
         """An empty index of a folder's pictures as `model` sees them. Raises InputError where something else lies."""
-        import lancedb
         import pyarrow as pa
 
         path = Path(path).expanduser()
@@ -70,7 +70,10 @@ class Index:
         fields = [pa.field("path", pa.string(), nullable=False, metadata={"folder": str(folder)})]
         fields += [pa.field(name, pa.string()) for name in TEXTS[1:]] + [pa.field(name, pa.int64()) for name in NUMBERS]
         schema = pa.schema([*fields, vector], metadata={"mm": VERSION})
-        return cls(path, lancedb.connect(path).create_table(TABLE, schema=schema))
+        try:
+            return cls(path, _connect(path).create_table(TABLE, schema=schema))
+        except (RuntimeError, OSError) as error:
+            raise InputError(f"{path}: the index cannot be written ({error})") from None
 
     @classmethod
     def open(cls, path: str | Path) -> Index:
@@ -78,10 +81,8 @@ class Index:
         path = Path(path).expanduser()
         if not cls.exists(path):
             raise InputError(f"{path} is no index of pictures; `mm index PHOTOS/ --model MODEL --to {path}` writes one")
-        import lancedb
-
         try:
-            table = lancedb.connect(path).open_table(TABLE)
+            table = _connect(path).open_table(TABLE)
         except (ValueError, RuntimeError, OSError) as error:
             raise InputError(f"{path}: the index cannot be read ({error})") from None
         if (written := (table.schema.metadata or {}).get(b"mm", b"none").decode()) != VERSION:
@@ -92,7 +93,7 @@ class Index:
     def exists(path: str | Path) -> bool:
         """Whether anything was ever committed there."""
         versions = Path(path).expanduser() / f"{TABLE}.lance" / "_versions"
-        return versions.is_dir() and any(versions.iterdir())
+        return any(versions.glob("*.manifest"))
 
     def __len__(self) -> int:
         return self.table.count_rows()
@@ -162,14 +163,21 @@ class Index:
         """Joins small files and drops old states."""
         self.table.optimize(cleanup_older_than=KEEP)
 
+    def warm(self) -> None:
+        """Reads the partitions into memory ahead of many queries; without it, each is read when it is first met."""
+        if self.table.index_stats(ANN):
+            self.table.prewarm_index(ANN)
+
     def nearest(self, vector: np.ndarray, top: int) -> list[Match]:
         """The `top` rows with the largest cosine to `vector` (E,), best first.
 
         Exact below ANN_ROWS rows; above, all rows of the nearest partitions are.
-        Raises InputError when the width differs.
+        Raises InputError for a query of another width, or one that is not finite.
         """
         if vector.shape != (self.dim,):
             raise InputError(f"{self.path} holds vectors of shape ({self.dim},), the query has shape {vector.shape}")
+        if not np.isfinite(vector).all():
+            raise InputError("the model gave no finite vector for the query")
         query = self.table.search(vector).distance_type("cosine").nprobes(self.probes).limit(top)
         found = query.select(["path", "caption", "_distance"]).to_arrow().to_pydict()
         rows = zip(found["path"], found["_distance"], found["caption"], strict=True)
@@ -178,3 +186,10 @@ class Index:
 
 def _partitions(rows: int) -> int:
     return math.isqrt(rows)
+
+
+def _connect(path: Path) -> Any:
+    os.environ.setdefault("LANCEDB_LOG", "error")  # its warnings are about its own workings
+    import lancedb
+
+    return lancedb.connect(path)

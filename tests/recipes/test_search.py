@@ -167,6 +167,7 @@ def test_an_index_belongs_to_one_model_and_one_folder(photos, tmp_path, run):
     (["{tmp}/none", "--to", "{tmp}/a.lance"], "holds no pictures"),
     (["{tmp}/photos", "--to", "{tmp}/photos"], "exists and is no index"),
     (["{tmp}/photos", "--to", "{tmp}/photos/red.png"], "exists and is no index"),
+    (["{tmp}/photos", "--to", "{tmp}/photos/red.png/a.lance"], "a.lance: the index cannot be written"),
 ])
 def test_index_says_what_is_wrong(photos, tmp_path, run, argv, words):
     (tmp_path / "none").mkdir()
@@ -175,9 +176,12 @@ def test_index_says_what_is_wrong(photos, tmp_path, run, argv, words):
     assert len(walk(photos).pictures) == 4
 
 
-def test_a_run_that_died_before_its_first_commit_is_no_obstacle(photos, tmp_path):
+def test_a_run_that_died_before_its_first_batch_is_no_obstacle(photos, tmp_path, run):
     (tmp_path / "a.lance/pictures.lance/data").mkdir(parents=True)
-    assert update(photos, tmp_path / "a.lance")[0].startswith("indexed 4")
+    embedder = Embedder(Colours("eye"), "eye")
+    assert len(open_or_create(tmp_path / "a.lance", embedder, photos)) == 0
+    assert run("index", photos, "--to", tmp_path / "a.lance")[1].startswith("indexed 4")
+    assert Index.open(tmp_path / "a.lance").model == "eye"
 
 
 def test_another_layout_of_the_index_is_refused(photos, tmp_path, monkeypatch):
@@ -232,7 +236,8 @@ def test_text_and_picture_find_what_is_nearest(photos, tmp_path, run):
     query = paint(tmp_path / "query.png", "blue")
     answer = json.loads(run("search", tmp_path / "a.lance", "--image", query, "--json")[1])
     assert answer["model"] == "eye" and answer["pictures"] == 4 and len(answer["results"]) == 4
-    assert answer["results"][0] == {"rank": 1, "path": "sub/it's blue.png", "caption": None, "score": pytest.approx(1.0)}
+    first = {"rank": 1, "path": "sub/it's blue.png", "caption": None, "score": pytest.approx(1.0)}
+    assert answer["results"][0] == first
     assert [hit["score"] for hit in answer["results"][1:]] == pytest.approx([0, 0, 0], abs=1e-6)
 
 
@@ -281,6 +286,8 @@ def test_a_large_index_is_partitioned_and_its_scores_stay_exact(tmp_path, monkey
     assert found[0].path == "1950"
     with pytest.raises(InputError, match=r"shape \(8,\), the query has shape \(3,\)"):
         index.nearest(np.ones(3, np.float32), 1)
+    with pytest.raises(InputError, match="no finite vector"):
+        index.nearest(np.full(8, np.nan, np.float32), 1)
 
 
 def rows(vectors: np.ndarray, start: int = 0) -> list[Row]:
@@ -297,6 +304,13 @@ def test_a_walk_is_sorted_and_passes_over_what_is_hidden(photos):
     paths = ["UPPER.PNG", "red.png", "sub/green.png", "sub/it's blue.png", "sub/yellow.png"]
     assert [picture.path for picture in found.pictures] == paths
     assert found.others == 3
+
+
+def test_what_is_no_plain_file_is_reported_and_not_waited_for(photos):
+    os.mkfifo(photos / "pipe.png")
+    (photos / "dangling.png").symlink_to(photos / "nowhere.png")
+    found = walk(photos)
+    assert len(found.pictures) == 4 and set(found.unreadable) == {"pipe.png", "dangling.png"}
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file names are always UTF-8")
