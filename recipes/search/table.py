@@ -17,7 +17,7 @@ from mm.errors import InputError
 TABLE, ANN = "pictures", "vector_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
-PROBES = 24  # partitions compared per query, at least
+PROBES = 20  # partitions compared per query, at least
 KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
 TEXTS = ("path", "hash", "caption")
 NUMBERS = ("size", "mtime_ns", "width", "height")
@@ -56,7 +56,7 @@ class Index:
         self.model, self.fingerprint = about[b"model"].decode(), about[b"fingerprint"].decode()
         self.folder = Path(schema.field("path").metadata[b"folder"].decode())
         self.dim = schema.field("vector").type.list_size
-        self.probes = max(PROBES, _partitions(len(self)) // 40)
+        self.probes = max(PROBES, _partitions(len(self)) // 50)
 
     @classmethod
     def create(cls, path: str | Path, *, model: str, fingerprint: str, dim: int, folder: Path) -> Index:
