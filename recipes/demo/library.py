@@ -28,8 +28,8 @@ LICENCES = (
     "OpenMoji: all emojis designed by OpenMoji, the open-source emoji and icon project (openmoji.org), CC BY-SA 4.0.",
     "Twemoji: copyright Twitter, Inc. and other contributors (github.com/jdecked/twemoji), CC BY 4.0.",
 )
-SAMPLES = ("a smiling cat", "red heart", "birthday cake", "rocket", "a house with a garden", "rainy weather",
-           "musical instrument", "someone cooking")
+SAMPLES = ("a smiling cat", "red heart", "birthday cake", "rain cloud", "crying", "a house with a garden", "flower",
+           "christmas tree")
 
 
 @dataclass(frozen=True, kw_only=True)
