@@ -9,12 +9,10 @@ from mm import rope as rotary
 from mm.kernels.problem import Bias, Problem, check
 from mm.kernels.tiled import tiled
 from mm.rope import Turn
-from mm.spec import EVERYWHERE, Sight
+from mm.spec import CAUSAL, EVERYWHERE, Sight
 from mm.visibility import At, all_visible
 
 __all__ = ["attend", "explain"]
-
-CAUSAL_ONLY = Sight(right=0)
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, sight: Sight = EVERYWHERE,
@@ -50,7 +48,7 @@ def choose(problem: Problem) -> tuple[str, str]:
         return "tiled", "the bias is computed tile by tile"
     if all_visible(problem.q_at, problem.k_at, problem.sight):
         return "sdpa", "every query sees every key"
-    if problem.aligned and problem.sight == CAUSAL_ONLY and problem.k_at.prefix is None:
+    if problem.aligned and problem.sight == CAUSAL and problem.k_at.prefix is None:
         return "sdpa causal", "one plain causal run"
     return "tiled", "visibility depends on positions, documents or a window"
 
