@@ -1,4 +1,4 @@
-"""Pictures as tokens: the patch projection, learned positions on a grid of any size, and patch dropout."""
+"""Pictures as tokens: the patch projection, positions and rotary coordinates on a grid of any size, patch dropout."""
 
 from __future__ import annotations
 
@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm import rope
 from mm.positions import resample_grid, sinusoid_2d
 
 from . import spec
+from .flex import Flex
 
 Size = tuple[int, int]
 
 
 class Patchify(nn.Module):
-    """pixels (B, C, h, w) -> (B, N, D), row by row."""
+    """pixels (B, C, h, w), or patches that are cut already -> (B, N, D), row by row."""
 
     def __init__(self, dim: int, settings: spec.Patches):
         super().__init__()
@@ -28,8 +30,11 @@ class Patchify(nn.Module):
         if self.bias is not None:
             nn.init.zeros_(self.bias)
 
-    def forward(self, pixels: Tensor) -> Tensor:
+    def forward(self, pixels: Tensor | Flex) -> Tensor:
         s = self.settings
+        if isinstance(pixels, Flex):
+            return F.linear(pixels.patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+        pixels = pixels.to(self.weight.dtype)
         if s.stride not in (None, s.size):
             return F.conv2d(pixels, self.weight, self.bias, s.stride).flatten(2).transpose(1, 2)
         (rows, columns), (ph, pw) = s.grid(*pixels.shape[-2:]), s.size
@@ -65,10 +70,28 @@ class GridPositions(nn.Module):
         return torch.cat([self.weight[: self.prefix], table])
 
 
-def drop_patches(x: Tensor, prefix: int, rate: float) -> Tensor:
-    """x (B, N, D) -> (B, fewer, D): a random share 1 - rate of each row's patches, all prefix tokens (FLIP, 2022)."""
-    batch, length = x.shape[0], x.shape[1] - prefix
-    kept = max(1, int(length * (1 - rate)))
-    chosen = torch.rand(batch, length, device=x.device).topk(kept).indices + prefix
-    index = torch.cat([torch.arange(prefix, device=x.device).expand(batch, -1), chosen], 1)
-    return x.gather(1, index.unsqueeze(-1).expand(-1, -1, x.shape[-1]))
+def coordinates(grid: Size, settings: spec.IndexGrid | spec.CentredGrid, training: bool, device: torch.device) -> Tensor:
+    """(N, 2) rotary coordinates of the patches of a grid, moved at random while training where the settings say so."""
+    if isinstance(settings, spec.IndexGrid):
+        reference = settings.reference and tuple(settings.reference)
+        return rope.grid(*grid, order=settings.order, reference=reference, offset=settings.offset, device=device)
+    coords = rope.centred_grid(*grid, normalise=settings.normalise, device=device)
+    moves = settings.shift or settings.stretch != 1 or settings.rescale != 1
+    if not (training and moves):
+        return coords
+    return rope.jitter(coords, shift=settings.shift, stretch=settings.stretch, rescale=settings.rescale)
+
+
+def kept_patches(batch: int, length: int, prefix: int, rate: float, device: torch.device) -> Tensor:
+    """(B, fewer) indices of the tokens that stay: a random share 1 - rate of each row's patches, and all prefix tokens
+    (FLIP, 2022). `length` counts the prefix too."""
+    patches = length - prefix
+    kept = max(1, int(patches * (1 - rate)))
+    chosen = torch.rand(batch, patches, device=device).topk(kept).indices + prefix
+    return torch.cat([torch.arange(prefix, device=device).expand(batch, -1), chosen], 1)
+
+
+def take(x: Tensor, index: Tensor) -> Tensor:
+    """x (B or 1, N, ...) at index (B, M) -> (B, M, ...)."""
+    x = x.expand(len(index), *x.shape[1:])
+    return x.gather(1, index.reshape(*index.shape, *[1] * (x.ndim - 2)).expand(-1, -1, *x.shape[2:]))

@@ -7,7 +7,7 @@ from typing import Literal
 
 from mm.errors import InputError
 from mm.schema import require, spec
-from mm.spec import LayerNorm, Mlp, Norm, Stack
+from mm.spec import LayerNorm, Mlp, Norm, Stack, attention
 
 
 # --------------------------------------------------------------------------------------------- pictures
@@ -42,6 +42,31 @@ class GridTable:
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
     fixed: bool = False
+
+
+@spec
+class IndexGrid:
+    """Rotary coordinates that count patches from `offset`, stretched to a `reference` grid (height, width) where there
+    is one (EVA-02, PE-Core, RoPE-ViT)."""
+
+    order: Literal["yx", "xy"] = "yx"
+    reference: tuple[int, ...] | None = None
+    offset: float = 0.0
+
+
+@spec
+class CentredGrid:
+    """Rotary coordinates of patch centres in [-1, 1] (DINOv3). While training they are shifted by up to `shift`,
+    stretched per axis by up to `stretch` and together by up to `rescale`."""
+
+    normalise: Literal["separate", "min", "max"] = "separate"
+    shift: float = 0.0
+    stretch: float = 1.0
+    rescale: float = 1.0
+
+    def __post_init__(self) -> None:
+        require(self.shift >= 0 and min(self.stretch, self.rescale) >= 1,
+                "CentredGrid.shift must not be negative, stretch and rescale not below 1")
 
 
 # ------------------------------------------------------------------------------------------------ heads
@@ -141,7 +166,8 @@ class Head:
 @spec
 class ViTSpec:
     """`image` is the (height, width) in pixels that the position table was made for; any other size is served too.
-    Tokens are `cls` class tokens, `registers`, then patches row by row."""
+    Tokens are `cls` class tokens, `registers`, then patches row by row. `coords` are what the rope of the stack turns
+    by; prefix tokens do not turn."""
 
     image: tuple[int, ...]
     patches: Patches
@@ -150,6 +176,7 @@ class ViTSpec:
     cls: int = 1
     registers: int = 0
     positions: GridTable | None = GridTable()
+    coords: IndexGrid | CentredGrid | None = None
     pre_norm: Norm | None = None
     patch_dropout: float = 0.0
 
@@ -160,6 +187,8 @@ class ViTSpec:
         require(not isinstance(self.head.pool, ArgmaxPool | EosPool), "a picture has no token ids to pool by")
         require(not (isinstance(self.head.pool, FlattenPool) and self.patch_dropout),
                 "a flatten pool needs every patch: it goes with patch_dropout 0")
+        ropes = any(attention(layer).rope for layer in self.stack.layers)
+        require(ropes == (self.coords is not None), "a ViT has rotary layers exactly when it has coords")
         self.patches.grid(*self.image)
 
 

@@ -14,16 +14,17 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from ..encoders.clip import CLIP
+    from ..encoders.vit import ViT
 
-LAYOUTS = ("hf", "open_clip", "mm")
+LAYOUTS = ("hf", "open_clip", "timm", "mm")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 
 
 def convert(argv: list[str]) -> int:
     """The command: writes DST, says what is in it."""
-    parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a CLIP checkpoint for another library: "
-                                     "transformers (hf), open_clip, or this package (mm).")
+    parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a checkpoint for another library: "
+                                     "transformers (hf), open_clip, timm, or this package (mm).")
     parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, or a hub name")
     parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout of DST")
@@ -39,17 +40,17 @@ def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allo
 
     Raises InputError where the layout cannot hold the model or `target` is taken.
     """
-    from ..encoders import CLIP
+    from ..encoders.any import open_model
 
     target = Path(os.path.abspath(target.expanduser()))
     check_target(source, target, force)
-    model = CLIP.from_pretrained(source, allow_pickle=allow_pickle)
+    model = open_model(source, allow_pickle=allow_pickle)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
             fresh, old = Path(room) / "new", Path(room) / "old"
             model.save_pretrained(fresh, layout=layout)
-            again = CLIP.from_pretrained(fresh)
+            again = open_model(fresh)
             told = compare(model, again, layout)
             if target.exists():
                 os.rename(target, old)
@@ -72,18 +73,18 @@ def check_target(source: str, target: Path, force: bool) -> None:
         raise InputError(f"{target} holds more than a checkpoint ({(foreign or names)[0]}) and is not replaced")
 
 
-def compare(model: CLIP, again: CLIP, layout: str) -> str:
+def compare(model: CLIP | ViT, again: CLIP | ViT, layout: str) -> str:
     """What was found equal, in words: every tensor bit for bit, and a picture's and a text's features up to rounding.
     Anything lost is an InputError."""
-    from ..encoders.families import by_layout
+    from ..encoders.families import to_write
 
-    family = by_layout(layout)
+    family, _ = to_write(model.kind, layout, model.spec)
     before, after = (family.table(one.spec, ()).save(one.state_dict(), layout) for one in (model, again))
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not same(before[name], after[name]):
             raise InputError(f"nothing was written: {name} does not come back from the {layout} layout as it was")
     gap = feature_gap(model, again)
-    if not gap <= (1e-5 if model.logit_scale.dtype.itemsize >= 4 else 1e-1):
+    if not gap <= (1e-5 if next(model.parameters()).dtype.itemsize >= 4 else 1e-1):
         raise InputError(f"nothing was written: features from the {layout} layout are {gap:.1e} away")
     return f"{len(before)} tensors read back bit for bit, features {f'within {gap:.0e}' if gap else 'equal'}"
 
@@ -92,19 +93,25 @@ def same(before: Tensor, after: Tensor) -> bool:
     return before.dtype == after.dtype and before.shape == after.shape and bool((before == after).all())
 
 
-def feature_gap(model: CLIP, again: CLIP) -> float:
+def feature_gap(model: CLIP | ViT, again: CLIP | ViT) -> float:
     import torch
 
-    image, text = model.spec.image, model.spec.text
+    image = model.spec if model.kind == "vit" else model.spec.image
     draw = torch.Generator().manual_seed(0)
     pixels = torch.randn(1, image.patches.channels, *image.image, generator=draw)
-    ids = torch.randint(text.vocab, (1, text.context), generator=draw)
+
+    def outputs(one: CLIP | ViT) -> tuple[Tensor, ...]:
+        if one.kind == "vit":
+            return (one.encode(pixels),)
+        text = one.spec.text
+        return one(pixels, torch.randint(text.vocab, (1, text.context), generator=draw.manual_seed(1)))
+
     with torch.inference_mode():
-        pairs = zip(model(pixels, ids), again(pixels, ids), strict=True)
+        pairs = zip(outputs(model), outputs(again), strict=True)
         return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
 
 
-def differences(model: CLIP, again: CLIP) -> list[str]:
+def differences(model: CLIP | ViT, again: CLIP | ViT) -> list[str]:
     """What the new layout says otherwise: the preprocessing's finer points, the tokenizer's cleaning."""
     told = []
     before, after = vars(model.preprocessing), vars(again.preprocessing)

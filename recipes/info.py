@@ -36,12 +36,10 @@ def info(argv: list[str]) -> int:
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
-    from mm import checkpoint
-
     from ..encoders import CLIP, families
 
-    folder = checkpoint.resolve(name, families.WEIGHT_PATTERNS)
-    layout = families.recognise(folder).layout
+    folder = families.resolve(name)
+    layout = families.recognise(folder, "clip").layout
     clip = CLIP.from_pretrained(folder, allow_pickle=allow_pickle)
     counts = count_parameters(clip)
     total = sum(counts.values())

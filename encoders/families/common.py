@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any
 
 from mm.errors import InputError
@@ -14,25 +15,42 @@ from mm.tokenizer import Tokenizer
 from ..image import Preprocess
 from ..spec import ArgmaxPool, CLIPSpec, EosPool, TextSpec, TokenPool, ViTSpec
 
-TRAINING_ONLY = {"dropout", "drop_path", "patch_dropout", "logit_scale"}
+TRAINING_ONLY = {"dropout", "drop_path", "patch_dropout", "logit_scale", "shift", "stretch", "rescale"}
 OTHER_SIZES_ONLY = {"mode", "antialias"}
+
+
+@dataclass(frozen=True)
+class Extras:
+    """What a model's directory holds beside weights and config; None or empty where there is none."""
+
+    preprocess: Any = None
+    tokenizer: Tokenizer | None = None
+    labels: tuple[str, ...] = ()
+
+
+def pictures(folder: Path, spec: CLIPSpec | ViTSpec) -> Preprocess:
+    """The preprocessing of pictures that a directory describes."""
+    return Preprocess.from_files(folder, (spec.image if isinstance(spec, ViTSpec) else spec.image.image))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
     """One layout on disk. `config` is its file and `recognise` says whether its content is of this family; `weights`
     are file names, best first; `to_spec(config, where)` and `from_spec(spec)` translate; `table(spec, names)` maps
-    weights, where names are those in the file; `files(config, preprocess, tokenizer)` are the JSON files that go beside
-    the weights, the config last."""
+    weights, where names are those in the file; `files(config, extras)` are the JSON files that go beside the weights,
+    the config last; `preprocess(folder, spec)` and `labels(config)` read what `files` wrote."""
 
     layout: str
     config: str
     weights: tuple[str, ...]
     recognise: Callable[[Mapping[str, Any]], bool]
-    to_spec: Callable[[Mapping[str, Any], str], CLIPSpec]
-    from_spec: Callable[[CLIPSpec], dict[str, Any]]
-    table: Callable[[CLIPSpec, Iterable[str]], Table]
-    files: Callable[[dict[str, Any], Preprocess, Tokenizer | None], dict[str, dict[str, Any]]]
+    to_spec: Callable[[Mapping[str, Any], str], Any]
+    from_spec: Callable[[Any], dict[str, Any]]
+    table: Callable[[Any, Iterable[str]], Table]
+    files: Callable[[dict[str, Any], Extras], dict[str, dict[str, Any]]]
+    preprocess: Callable[[Path, Any], Any] = pictures
+    labels: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+    has_text: bool = False
 
 
 class Keys:
@@ -85,7 +103,7 @@ def encoder(*, dim: int, depth: int, heads: int, hidden: int, act: str, norm: La
     return Stack(dim=dim, layers=(layer,) * depth, final_norm=norm if final_norm else None)
 
 
-def ensure_kept(settings: CLIPSpec, read_back: CLIPSpec, layout: str) -> None:
+def ensure_kept(settings: Any, read_back: Any, layout: str) -> None:
     """Raises InputError that names the first thing a layout would lose: what it wrote must read back as the same model.
     How it trains and how its positions are interpolated are not part of a model's identity."""
     lost = difference(essence(settings), essence(read_back))

@@ -8,9 +8,7 @@ from typing import Any
 from mm.errors import InputError
 from mm.spec import CAUSAL, LayerNorm, Stack
 from mm.tables import SCALAR, Rule, Table, fused, reshaped, rule
-from mm.tokenizer import Tokenizer
 
-from ..image import Preprocess
 from ..spec import (
     ArgmaxPool,
     CLIPSpec,
@@ -24,7 +22,7 @@ from ..spec import (
     TokenPool,
     ViTSpec,
 )
-from .common import Family, Keys, encoder, ensure_kept
+from .common import Extras, Family, Keys, encoder, ensure_kept
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -166,9 +164,10 @@ def block_rules(theirs: str, ours: str, width: int) -> list[Rule]:
             rule(t + "mlp.fc1.{x}", o + "mlp.up.{x}"), rule(t + "mlp.fc2.{x}", o + "mlp.down.{x}")]
 
 
-def files(config: dict[str, Any], preprocess: Preprocess, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
-    return {"preprocessor_config.json": preprocess.to_hf(), CONFIG: config}
+def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
+    return {"preprocessor_config.json": extras.preprocess.to_hf(), CONFIG: config}
 
 
-HF_CLIP = Family(layout="hf", config=CONFIG, weights=FILES, recognise=lambda config: config.get("model_type") == "clip",
-                 to_spec=to_spec, from_spec=from_spec, table=table, files=files)
+HF_CLIP = Family(
+    layout="hf", config=CONFIG, weights=FILES, has_text=True, recognise=lambda config: config.get("model_type") == "clip",
+    to_spec=to_spec, from_spec=from_spec, table=table, files=files)

@@ -11,9 +11,7 @@ import torch
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, LayerNorm, Stack
 from mm.tables import SAME, SCALAR, TRANSPOSED, Rule, Table, Way, reshaped, rule
-from mm.tokenizer import Tokenizer
 
-from ..image import Preprocess
 from ..spec import (
     ArgmaxPool,
     CLIPSpec,
@@ -29,7 +27,7 @@ from ..spec import (
     TokenPool,
     ViTSpec,
 )
-from .common import Family, Keys, encoder, ensure_kept
+from .common import Extras, Family, Keys, encoder, ensure_kept
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
@@ -239,12 +237,13 @@ def pooler_rules(pool: QueryPool, width: int) -> list[Rule]:
             rule(t + "ln_q.{x}", o + "query_norm.{x}"), rule(t + "ln_k.{x}", o + "token_norm.{x}")]
 
 
-def files(config: dict[str, Any], preprocess: Preprocess, tokenizer: Tokenizer | None) -> dict[str, dict[str, Any]]:
+def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     """The tokenizer, unless it is CLIP's own, is found through the text config."""
     model = dict(config["model_cfg"])
-    model["text_cfg"] = model["text_cfg"] | (tokenizer.to_open_clip() if tokenizer else {})
-    return {CONFIG: {"model_cfg": model, "preprocess_cfg": preprocess.to_open_clip()}}
+    model["text_cfg"] = model["text_cfg"] | (extras.tokenizer.to_open_clip() if extras.tokenizer else {})
+    return {CONFIG: {"model_cfg": model, "preprocess_cfg": extras.preprocess.to_open_clip()}}
 
 
-OPEN_CLIP = Family(layout="open_clip", config=CONFIG, weights=FILES, recognise=lambda config: "model_cfg" in config,
-                   to_spec=to_spec, from_spec=from_spec, table=table, files=files)
+OPEN_CLIP = Family(
+    layout="open_clip", config=CONFIG, weights=FILES, has_text=True, recognise=lambda config: "model_cfg" in config,
+    to_spec=to_spec, from_spec=from_spec, table=table, files=files)

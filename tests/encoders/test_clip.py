@@ -246,11 +246,11 @@ def test_directories_that_hold_no_clip(tmp_path):
 def test_layouts_are_told_apart_by_content(open_clip_model, hf_model, tmp_path):
     both = tmp_path / "both"
     shutil.copytree(open_clip_model()[0], both)
-    assert recognise(both).layout == "open_clip"
+    assert recognise(both, "clip").layout == "open_clip"
     shutil.copytree(hf_model()[0], both, dirs_exist_ok=True)
-    assert recognise(both).layout == "hf"
+    assert recognise(both, "clip").layout == "hf"
     CLIP.from_pretrained(both).save_pretrained(both)
-    assert recognise(both).layout == "mm"
+    assert recognise(both, "clip").layout == "mm"
     CLIP.from_pretrained(both)
 
 

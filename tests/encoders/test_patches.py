@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
-from mm.encoders.patches import GridPositions, Patchify, drop_patches
+from mm.encoders.patches import GridPositions, Patchify, kept_patches, take
 from mm.encoders.spec import GridTable, Patches
 from mm.errors import InputError
 
@@ -27,6 +27,10 @@ def test_patchify_is_a_convolution(settings, size):
     expected = F.conv2d(pixels, patchify.weight, patchify.bias, settings.stride or settings.size)
     torch.testing.assert_close(patchify(pixels), expected.flatten(2).transpose(1, 2), atol=1e-5, rtol=1e-5)
     assert settings.grid(*size) == expected.shape[2:]
+
+
+def drop_patches(x, prefix, rate):
+    return take(x, kept_patches(*x.shape[:2], prefix, rate, x.device))
 
 
 def test_a_picture_smaller_than_a_patch():

@@ -54,7 +54,7 @@ def test_prefix_tokens_come_first_and_take_positions_only_where_the_table_has_th
         torch.nn.init.zeros_(model.patchify.weight)
         rows = model.positions.weight
         expected = torch.cat([model.cls, model.registers]) + (rows[:3] if prefix else 0)
-        x = model.embed(torch.randn(2, 3, 16, 16))
+        x = model.embed(torch.randn(2, 3, 16, 16)).tokens
         torch.testing.assert_close(x[1, :3], expected)
         torch.testing.assert_close(x[1, 3:], rows[-16:])
 

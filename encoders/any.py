@@ -1,0 +1,34 @@
+"""A checkpoint of whatever kind."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+
+from mm.errors import InputError
+
+from . import families
+
+if TYPE_CHECKING:
+    from .clip import CLIP
+    from .vit import ViT
+
+
+def open_model(name_or_dir: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, *,
+               allow_pickle: bool = False) -> CLIP | ViT:
+    """The model of a directory or hub name, a CLIP or a ViT by what its files say. Raises InputError."""
+    from .clip import CLIP
+    from .vit import ViT
+
+    folder = families.resolve(name_or_dir)
+    kinds = {"clip": CLIP, "vit": ViT}
+    kind = families.kind_of(folder)
+    if kind is None:
+        told = " or ".join(families.NAMES.values())
+        try:
+            families.recognise(folder, "clip")
+        except InputError as error:
+            raise InputError(str(error).replace("no CLIP checkpoint", f"no {told} checkpoint")) from None
+    return kinds[kind].from_pretrained(folder, dtype, device, allow_pickle=allow_pickle)
