@@ -70,7 +70,8 @@ class GridPositions(nn.Module):
         return torch.cat([self.weight[: self.prefix], table])
 
 
-def coordinates(grid: Size, settings: spec.IndexGrid | spec.CentredGrid, training: bool, device: torch.device) -> Tensor:
+def coordinates(grid: Size, settings: spec.IndexGrid | spec.CentredGrid, training: bool, device: torch.device
+                ) -> Tensor:
     """(N, 2) rotary coordinates of the patches of a grid, moved at random while training where the settings say so."""
     if isinstance(settings, spec.IndexGrid):
         reference = settings.reference and tuple(settings.reference)
