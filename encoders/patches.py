@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import rope
+from mm.linear import linear
 from mm.positions import resample_grid, sinusoid_2d
 
 from . import spec
@@ -33,14 +34,14 @@ class Patchify(nn.Module):
     def forward(self, pixels: Tensor | Flex) -> Tensor:
         s = self.settings
         if isinstance(pixels, Flex):
-            return F.linear(pixels.patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
+            return linear(pixels.patches.to(self.weight.dtype), self.weight.permute(0, 2, 3, 1).flatten(1), self.bias)
         pixels = pixels.to(self.weight.dtype)
         if s.stride not in (None, s.size):
             return F.conv2d(pixels, self.weight, self.bias, s.stride).flatten(2).transpose(1, 2)
         (rows, columns), (ph, pw) = s.grid(*pixels.shape[-2:]), s.size
         whole = pixels[..., : rows * ph, : columns * pw]
         patches = whole.unflatten(3, (columns, pw)).unflatten(2, (rows, ph)).permute(0, 2, 4, 1, 3, 5)
-        return F.linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
+        return linear(patches.flatten(3).flatten(1, 2), self.weight.flatten(1), self.bias)
 
 
 class GridPositions(nn.Module):

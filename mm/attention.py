@@ -12,7 +12,7 @@ from mm import rope as rotary
 from mm import spec
 from mm.kernels import attend
 from mm.kernels.problem import Bias
-from mm.linear import FusedLinear
+from mm.linear import FusedLinear, Linear
 from mm.norm import build_norm
 from mm.rope import Turn
 from mm.state import KVCache, Write
@@ -44,7 +44,7 @@ class Heads(nn.Module):
         self.extra_k = nn.Parameter(torch.zeros(s.kv_heads, s.head_dim)) if s.extra_key else None
         self.extra_v = nn.Parameter(torch.zeros(s.kv_heads, self.value_dim)) if s.extra_key else None
         gates = {"none": 0, "head": s.heads, "element": s.heads * self.value_dim}[s.gate]
-        self.gate = nn.Linear(dim, gates, bias=False) if gates else None
+        self.gate = Linear(dim, gates, bias=False) if gates else None
         self.mixed = nn.Parameter(mixed_frequencies(s)) if s.rope and isinstance(s.rope.axes, spec.Mixed) else None
         self.cached = (s.kv_heads, s.head_dim, self.value_dim)  # heads, key width and value width of a cache
 
@@ -106,7 +106,7 @@ class Attention(Heads):
         s = settings
         self.qkv = FusedLinear(dim, self.widths, (s.q_bias, s.k_bias, s.v_bias))
         self.inner_norm = build_norm(s.inner_norm, s.heads * s.head_dim)
-        self.out = nn.Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
+        self.out = Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
 
     def forward(self, x: Tensor, scene: Scene) -> Tensor:
         q, k, v = self.ready(*self.qkv(x))
@@ -120,10 +120,10 @@ class CrossAttention(Heads):
     def __init__(self, dim: int, memory_dim: int, settings: spec.Attention):
         super().__init__(dim, settings)
         s = settings
-        self.q = nn.Linear(dim, self.widths[0], bias=s.q_bias)
+        self.q = Linear(dim, self.widths[0], bias=s.q_bias)
         self.kv = FusedLinear(memory_dim, self.widths[1:], (s.k_bias, s.v_bias))
         self.inner_norm = build_norm(s.inner_norm, s.heads * s.head_dim)
-        self.out = nn.Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
+        self.out = Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
 
     def forward(self, x: Tensor, at: At, memory: Tensor, memory_at: At) -> Tensor:
         q, k, v = self.ready(self.q(x), *self.kv(memory))
@@ -147,7 +147,7 @@ class DifferentialAttention(Heads):
         self.qkv = FusedLinear(dim, widths, (base.q_bias, base.k_bias, base.v_bias))
         self.lambdas = nn.Parameter(torch.randn(4, base.head_dim) * 0.1)
         self.pair_norm = build_norm(settings.norm, self.value_dim)
-        self.out = nn.Linear(base.heads * self.value_dim, dim, bias=base.out_bias)
+        self.out = Linear(base.heads * self.value_dim, dim, bias=base.out_bias)
 
     def reset_parameters(self) -> None:
         super().reset_parameters()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.attention import CrossAttention, Scene, build_mixer
+from mm.linear import add, multiply
 from mm.mlp import Mlp
 from mm.norm import build_norm
 from mm.visibility import At
@@ -44,7 +45,7 @@ class Block(nn.Module):
         if self.layer.placement.startswith("parallel"):
             y = self.mixer_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            return x + self.branch(self.mixer(y, scene), self.mixer_scale) + self.branch(self.mlp(z), self.mlp_scale)
+            return add(add(self.branch(self.mixer(y, scene), self.mixer_scale), self.branch(self.mlp(z), self.mlp_scale)), x)
         x = self.add(x, lambda y: self.mixer(y, scene), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
         if self.cross is not None:
             x = self.add(x, lambda y: self.cross(y, scene.at, memory, memory_at), self.cross_norm, self.cross_post_norm,
@@ -58,13 +59,13 @@ class Block(nn.Module):
         """The residual stream plus one branch."""
         match self.layer.placement:
             case "pre":
-                return x + self.branch(f(norm(x)), scale)
+                return add(self.branch(f(norm(x)), scale), x)
             case "post_branch":
-                return x + self.branch(norm(f(x)), scale)
+                return add(self.branch(norm(f(x)), scale), x)
             case "sandwich":
-                return x + self.branch(post_norm(f(norm(x))), scale)
+                return add(self.branch(post_norm(f(norm(x))), scale), x)
             case "residual_post":
-                return norm(x + self.branch(f(x), scale))
+                return norm(add(self.branch(f(x), scale), x))
         raise AssertionError(self.layer.placement)
 
     def branch(self, x: Tensor, scale: Tensor | None) -> Tensor:
@@ -72,7 +73,7 @@ class Block(nn.Module):
         if self.training and self.layer.dropout:
             x = F.dropout(x, self.layer.dropout)
         if scale is not None:
-            x = x * scale
+            x = multiply(x, scale)
         if self.training and self.layer.drop_path:
             keep = torch.rand(x.shape[0], *[1] * (x.ndim - 1), device=x.device) >= self.layer.drop_path
             x = x * keep.to(x.dtype) / (1 - self.layer.drop_path)

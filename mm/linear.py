@@ -1,10 +1,49 @@
-"""Several projections of one input as a single matrix product."""
+"""Matrix products: one projection, or several of one input at once, by the fastest kernel that gives the same result."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+
+LARGE = 1 << 18  # weights; below, the call costs more than the kernel gains
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """x (..., D), weight (E, D), bias (E,) -> (..., E).
+
+    Float32 on a CPU without gradients goes to oneDNN, which is up to twice as fast as the BLAS behind `F.linear`."""
+    if faster_in_onednn(x, weight):
+        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return F.linear(x, weight, bias)
+
+
+def faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
+    return (weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and weight.numel() >= LARGE
+            and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.numel() > 0
+            and type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and ONEDNN
+            and not torch.is_autocast_enabled("cpu"))
+
+
+ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
+
+
+class Linear(nn.Linear):
+    """x: (..., D) -> (..., E)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return linear(x, self.weight, self.bias)
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """x + y; in the memory of x, which the caller gives away, where no gradient is recorded."""
+    return x + y if torch.is_grad_enabled() or x.dtype != y.dtype else x.add_(y)
+
+
+def multiply(x: Tensor, y: Tensor) -> Tensor:
+    """x * y; in the memory of x, which the caller gives away, where no gradient is recorded."""
+    return x * y if torch.is_grad_enabled() or x.dtype != y.dtype else x.mul_(y)
 
 
 class FusedLinear(nn.Module):
@@ -32,7 +71,7 @@ class FusedLinear(nn.Module):
                           for size, has in zip(self.sizes, self.biases, strict=True)])
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.linear(x, self.weight, self.full_bias()).split(self.sizes, -1)
+        return linear(x, self.weight, self.full_bias()).split(self.sizes, -1)
 
     def extra_repr(self) -> str:
         return f"{self.dim} -> {self.sizes}, biases={self.biases}"

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
+from mm.linear import Linear, multiply
 from mm.norm import build_norm
 
 
@@ -37,13 +38,13 @@ class Mlp(nn.Module):
     def __init__(self, dim: int, settings: spec.Mlp):
         super().__init__()
         self.settings = settings
-        self.up = nn.Linear(dim, settings.hidden, bias=settings.up_bias)
-        self.gate = nn.Linear(dim, settings.hidden, bias=settings.up_bias) if settings.gated else None
+        self.up = Linear(dim, settings.hidden, bias=settings.up_bias)
+        self.gate = Linear(dim, settings.hidden, bias=settings.up_bias) if settings.gated else None
         self.inner_norm = build_norm(settings.inner_norm, settings.hidden)
-        self.down = nn.Linear(settings.hidden, dim, bias=settings.down_bias)
+        self.down = Linear(settings.hidden, dim, bias=settings.down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
         act = ACTIVATIONS[self.settings.act]
-        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        hidden = act(self.up(x)) if self.gate is None else multiply(act(self.gate(x)), self.up(x))
         hidden = F.dropout(self.inner_norm(hidden), self.settings.dropout, self.training)
         return self.down(hidden)

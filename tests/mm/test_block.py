@@ -97,8 +97,8 @@ def test_a_parallel_layer_needs_an_mlp_and_no_memory():
 # ---------------------------------------------------------------------------------- dropout, stochastic depth
 def branch_ratio(**layer):
     """Training over evaluation output of a single branch: (300, 20, 32)."""
-    net = model(stack(attention(), mlp=None, **layer))
-    x = torch.randn(300, 20, 32)
+    net = model(stack(attention(), mlp=None, **layer), torch.float64)
+    x = torch.randn(300, 20, 32, dtype=torch.float64)
     whole = net(x) - x
     return (net.train()(x) - x) / whole
 

@@ -1,0 +1,57 @@
+"""Matrix products: every path gives what the plain one gives."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from support import close
+
+from mm.linear import LARGE, FusedLinear, add, faster_in_onednn, linear, multiply
+
+
+@pytest.mark.parametrize("shape", [(1, 512), (3, 7, 512), (2, 0, 512)])
+@pytest.mark.parametrize("bias", [True, False])
+def test_onednn_equals_the_plain_product(shape, bias):
+    x, weight = torch.randn(shape), torch.randn(LARGE // 512, 512) / 20
+    bias = torch.randn(len(weight)) if bias else None
+    with torch.no_grad():
+        assert faster_in_onednn(x, weight) == bool(x.numel())
+        close(linear(x, weight, bias), F.linear(x, weight, bias))
+        close(linear(x.transpose(0, -2), weight, bias), F.linear(x.transpose(0, -2), weight, bias))
+
+
+def test_parts_of_wider_tensors_are_read_where_they_lie():
+    wide, weight = torch.randn(4, 9, 1024), torch.randn(512, 512) / 20
+    with torch.no_grad():
+        close(linear(wide[..., 512:], weight), F.linear(wide[..., 512:], weight))
+        close(linear(wide[:, ::2, :512], weight), F.linear(wide[:, ::2, :512], weight))
+
+
+def test_gradients_other_dtypes_and_small_weights_take_the_plain_path():
+    x, weight = torch.randn(2, 512), torch.randn(512, 512)
+    assert not faster_in_onednn(x, weight)
+    with torch.inference_mode():
+        assert not faster_in_onednn(x.double(), weight.double())
+        assert not faster_in_onednn(x, weight[:100])
+        with torch.autocast("cpu", torch.bfloat16):
+            assert not faster_in_onednn(x, weight)
+
+
+@pytest.mark.parametrize("f, plain", [(add, torch.add), (multiply, torch.mul)])
+def test_results_take_the_memory_that_is_given_away_unless_a_gradient_needs_it(f, plain):
+    x, y = torch.randn(3, 4), torch.randn(3, 4)
+    expected, kept = plain(x, y), x.clone()
+    assert f(x, y).data_ptr() != x.data_ptr() and torch.equal(x, kept)
+    with torch.no_grad():
+        assert f(x.bfloat16(), y).dtype == torch.float32
+        assert f(x, y).data_ptr() == x.data_ptr()
+    assert torch.equal(x, expected)
+
+
+def test_parts_without_a_bias_get_none():
+    fused = FusedLinear(8, (4, 6, 2), (True, False, True))
+    torch.nn.init.normal_(fused.bias)
+    x = torch.randn(3, 8)
+    parts = [F.linear(x, weight, bias) for weight, bias in
+             zip(fused.weight.split((4, 6, 2)), (fused.bias[:4], None, fused.bias[4:]), strict=True)]
+    for ours, theirs in zip(fused(x), parts, strict=True):
+        close(ours, theirs)
