@@ -216,6 +216,10 @@ class Preprocess:
         """The `preprocess_cfg` of an open_clip_config.json; an InputError where open_clip has no such preprocessing."""
         return files.to_open_clip(vars(self))
 
+    def to_timm(self) -> dict[str, Any]:
+        """The `pretrained_cfg` entries of a timm config.json; an InputError where timm has no such preprocessing."""
+        return files.to_timm(vars(self))
+
 
 @lru_cache(maxsize=32)
 def _normalised(rescale: float, mean: tuple[float, ...], std: tuple[float, ...]) -> np.ndarray:

@@ -1,4 +1,4 @@
-"""The three files in which checkpoints describe their preprocessing: ours, transformers' and open_clip's."""
+"""The files in which checkpoints describe their preprocessing: ours, transformers', open_clip's and timm's."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 
 from mm.errors import InputError
 
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 CLIP_MEAN, CLIP_STD = (0.48145466, 0.4578275, 0.40821073), (0.26862954, 0.26130258, 0.27577711)
 FILTERS = {"nearest": 0, "lanczos": 1, "bilinear": 2, "bicubic": 3, "box": 4, "hamming": 5}  # Pillow's numbers
 FIELDS = {"size", "resize", "edge", "interpolation", "crop", "mean", "std", "fill", "rescale"}
@@ -110,6 +111,37 @@ def from_open_clip(content: Mapping[str, Any]) -> dict[str, Any]:
             "fill": fill}
 
 
+def from_timm(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A config.json of timm: its `pretrained_cfg`. Any other config.json says nothing about preprocessing."""
+    given = content.get("pretrained_cfg", content) if "architecture" in content else {}
+    if "input_size" not in given:
+        return {}
+    size, mode = tuple(given["input_size"][1:]), given.get("crop_mode") or "center"
+    if mode not in ("center", "squash"):
+        raise InputError(f"crop_mode = {mode!r} is not known, expected center or squash")
+    edge = tuple(math.floor(side / (given.get("crop_pct") or 0.875)) for side in size)
+    return {"size": size, "resize": "squash" if mode == "squash" else "shortest", "edge": None if edge == size else edge,
+            "interpolation": given.get("interpolation") or "bicubic",
+            "mean": tuple(given.get("mean") or IMAGENET_MEAN), "std": tuple(given.get("std") or IMAGENET_STD)}
+
+
+def to_timm(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """The `pretrained_cfg` entries of a timm config.json."""
+    size, edge = fields["size"], fields["edge"] or fields["size"]
+    share = size[0] / edge[0]
+    if math.floor(size[0] / share) != edge[0]:
+        share = size[0] / (edge[0] + 0.5)
+    odd = [f"{name} = {fields[name]}" for name, wrong in (
+        ("edge", tuple(math.floor(side / share) for side in size) != tuple(edge)), ("fill", fields["fill"] != 0),
+        ("resize", fields["resize"] not in ("shortest", "squash")),
+        ("rescale", not math.isclose(fields["rescale"], 1 / 255))) if wrong]
+    if odd:
+        raise InputError(f"preprocessing: {odd[0]} cannot be written for timm")
+    return {"input_size": [3, *size], "crop_pct": share, "interpolation": fields["interpolation"],
+            "crop_mode": "squash" if fields["resize"] == "squash" else "center",
+            "mean": list(fields["mean"]), "std": list(fields["std"])}
+
+
 def to_hf(fields: Mapping[str, Any]) -> dict[str, Any]:
     """A preprocessor_config.json for transformers' CLIPImageProcessor, which rounds an odd margin down."""
     size, edge, resize = fields["size"], fields["edge"] or fields["size"], fields["resize"]
@@ -144,4 +176,5 @@ READERS: dict[str, Callable[[Mapping[str, Any]], dict[str, Any]]] = {  # the fir
     "preprocess.json": from_mm,
     "open_clip_config.json": from_open_clip,
     "preprocessor_config.json": from_hf,
-    "processor_config.json": lambda content: from_hf(content["image_processor"])}
+    "processor_config.json": lambda content: from_hf(content["image_processor"]),
+    "config.json": from_timm}

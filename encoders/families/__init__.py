@@ -13,6 +13,7 @@ from ..spec import CLIPSpec, ViTSpec
 from .common import Extras, Family
 from .hf_clip import HF_CLIP
 from .open_clip import OPEN_CLIP
+from .timm_eva import TIMM_EVA
 
 
 def own(kind: str, settings: type) -> Family:
@@ -32,7 +33,7 @@ def own(kind: str, settings: type) -> Family:
 # a model writes it.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "clip": (own("clip", CLIPSpec), HF_CLIP, OPEN_CLIP),
-    "vit": (own("vit", ViTSpec),),
+    "vit": (own("vit", ViTSpec), TIMM_EVA),
 }
 WEIGHT_PATTERNS = ("model*.safetensors", "open_clip_*.safetensors", "pytorch_model*.bin", "open_clip_*.bin")
 
