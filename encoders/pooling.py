@@ -13,7 +13,18 @@ from mm.spec import Attention
 from mm.visibility import along, padded
 
 from . import spec
-from .spec import ArgmaxPool, EosPool, FlattenPool, MaxPool, MeanPool, ProbePool, QueryPool, TokenPool
+from .spec import (
+    ArgmaxPool,
+    EosPool,
+    FlattenPool,
+    MaxPool,
+    MeanPool,
+    PrefixPool,
+    ProbePool,
+    QueryPool,
+    TokenMeanPool,
+    TokenPool,
+)
 
 
 class Simple(nn.Module):
@@ -23,7 +34,7 @@ class Simple(nn.Module):
     tokens that are not padding, or None.
     """
 
-    def __init__(self, settings: TokenPool | MeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool):
+    def __init__(self, settings: spec.Pool):
         super().__init__()
         self.settings = settings
 
@@ -31,6 +42,10 @@ class Simple(nn.Module):
         match self.settings:
             case TokenPool(index=index):
                 return x[:, index]
+            case PrefixPool(tokens=tokens, join=join):
+                return x[:, :tokens].mean(1) if join == "mean" else x[:, :tokens].flatten(1)
+            case TokenMeanPool():
+                return torch.cat([x[:, 0], average(x[:, prefix:], None if real is None else real[:, prefix:])], 1)
             case MeanPool(prefix=True) | MaxPool(prefix=True):
                 prefix = 0
             case ArgmaxPool():
@@ -39,10 +54,10 @@ class Simple(nn.Module):
                 return pick(x, (ids == eos).int().argmax(-1))
             case FlattenPool(tokens=tokens):
                 return flatten(x[:, prefix:], tokens)
-        x, real = x[:, prefix:], None if real is None else real[:, prefix:, None]
+        x, real = x[:, prefix:], None if real is None else real[:, prefix:]
         if isinstance(self.settings, MaxPool):
-            return (x if real is None else x.masked_fill(~real, -torch.inf)).amax(1)
-        return x.mean(1) if real is None else (x * real).sum(1) / real.sum(1).clamp(min=1)
+            return (x if real is None else x.masked_fill(~real[..., None], -torch.inf)).amax(1)
+        return average(x, real)
 
 
 class ProbePooling(nn.Module):
@@ -87,6 +102,11 @@ def ask(attention: CrossAttention, query: Tensor, x: Tensor, real: Tensor | None
     query = query.expand(x.shape[0], -1, -1)
     x_at = along(*x.shape[:2], device=x.device) if real is None else padded(real)
     return attention(query, along(*query.shape[:2], device=x.device), x, x_at)
+
+
+def average(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (B, N, D) -> (B, D), over the tokens that are real (B, N)."""
+    return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
 
 
 def flatten(x: Tensor, tokens: int) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -122,7 +122,11 @@ def from_timm(content: Mapping[str, Any]) -> dict[str, Any]:
     edge = tuple(math.floor(side / (given.get("crop_pct") or 0.875)) for side in size)
     return {"size": size, "resize": "squash" if mode == "squash" else "shortest", "edge": None if edge == size else edge,
             "interpolation": given.get("interpolation") or "bicubic",
-            "mean": tuple(given.get("mean") or IMAGENET_MEAN), "std": tuple(given.get("std") or IMAGENET_STD)}
+            "mean": _three(given.get("mean") or IMAGENET_MEAN), "std": _three(given.get("std") or IMAGENET_STD)}
+
+
+def _three(values: Sequence[float]) -> tuple[float, ...]:
+    return tuple(values) * 3 if len(values) == 1 else tuple(values)
 
 
 def to_timm(fields: Mapping[str, Any]) -> dict[str, Any]:

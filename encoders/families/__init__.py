@@ -14,6 +14,7 @@ from .common import Extras, Family
 from .hf_clip import HF_CLIP
 from .open_clip import OPEN_CLIP
 from .timm_eva import TIMM_EVA
+from .timm_vit import TIMM_VIT
 
 
 def own(kind: str, settings: type) -> Family:
@@ -33,7 +34,7 @@ def own(kind: str, settings: type) -> Family:
 # a model writes it.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "clip": (own("clip", CLIPSpec), HF_CLIP, OPEN_CLIP),
-    "vit": (own("vit", ViTSpec), TIMM_EVA),
+    "vit": (own("vit", ViTSpec), TIMM_VIT, TIMM_EVA),
 }
 WEIGHT_PATTERNS = ("model*.safetensors", "open_clip_*.safetensors", "pytorch_model*.bin", "open_clip_*.bin")
 

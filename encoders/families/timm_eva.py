@@ -29,7 +29,6 @@ from ..spec import (
     ViTSpec,
 )
 from .timm_common import bare, blueprint, timm_family
-from .timm_common import timm_family
 
 HALVES = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
 BATCHED = Way(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])
@@ -286,15 +285,6 @@ def rope_args(spec: ViTSpec) -> dict[str, Any]:
 def ratio(hidden: int, dim: int) -> float:
     """The mlp_ratio that timm's int(dim * ratio) turns into `hidden`."""
     return hidden / dim if int(dim * (hidden / dim)) == hidden else (hidden + 0.5) / dim
-
-
-def kind() -> type:
-    from timm.models.eva import Eva
-
-    return Eva
-
-
-TIMM_EVA = timm_family(kind, to_spec, to_model, table)
 
 
 def kind() -> type:
