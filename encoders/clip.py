@@ -1,4 +1,5 @@
-"""CLIP: an image tower and a text tower that end in one space. Radford et al., 2021."""
+"""CLIP: an image tower and a text tower that end in one space (Radford et al., 2021), and one for sounds if wanted, in
+the manner of ImageBind (Girdhar et al., 2023)."""
 
 from __future__ import annotations
 
@@ -31,6 +32,7 @@ class CLIP(Pretrained):
         super().__init__()
         self.spec = settings
         self.image, self.text = ViT(settings.image), TextEncoder(settings.text)
+        self.audio = ViT(settings.audio) if settings.audio else None
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if settings.logit_bias is None else nn.Parameter(torch.empty(()))
         self.preprocessing = preprocess or Preprocess(size=settings.image.image)
@@ -52,6 +54,12 @@ class CLIP(Pretrained):
     def encode_text(self, ids: Tensor) -> Tensor:
         """ids (B, T), T up to the context -> (B, E)."""
         return self.text.encode(ids)
+
+    def encode_audio(self, sounds: Tensor) -> Tensor:
+        """Spectrograms (B, 1, T, F) -> (B, E). Raises InputError when the model has no audio tower."""
+        if self.audio is None:
+            raise InputError("this model has no audio tower: it cannot encode sounds")
+        return self.audio.encode(sounds)
 
     # ----------------------------------------------------------------------------- pictures and words
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:

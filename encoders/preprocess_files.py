@@ -120,8 +120,8 @@ def from_timm(content: Mapping[str, Any]) -> dict[str, Any]:
     if mode not in ("center", "squash"):
         raise InputError(f"crop_mode = {mode!r} is not known, expected center or squash")
     edge = tuple(math.floor(side / (given.get("crop_pct") or 0.875)) for side in size)
-    return {"size": size, "resize": "squash" if mode == "squash" else "shortest", "edge": None if edge == size else edge,
-            "interpolation": given.get("interpolation") or "bicubic",
+    return {"size": size, "resize": "squash" if mode == "squash" else "shortest",
+            "edge": None if edge == size else edge, "interpolation": given.get("interpolation") or "bicubic",
             "mean": _three(given.get("mean") or IMAGENET_MEAN), "std": _three(given.get("std") or IMAGENET_STD)}
 
 

@@ -85,6 +85,19 @@ class MeanPool:
 
 
 @spec
+class PrefixPool:
+    """The first `tokens` tokens: their mean (AST), or all of them side by side (distilled DeiT, a classifier each)."""
+
+    tokens: int = 2
+    join: Literal["mean", "concat"] = "mean"
+
+
+@spec
+class TokenMeanPool:
+    """The class token and the mean of the patches, side by side (DINOv2's classifier)."""
+
+
+@spec
 class MaxPool:
     """The largest value of each channel over the patches, and the prefix tokens too where `prefix`."""
 
@@ -135,7 +148,8 @@ class QueryPool:
         require(self.dim % self.heads == 0, f"QueryPool.dim {self.dim} cannot be split over {self.heads} heads")
 
 
-Pool = TokenPool | MeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool | ProbePool | QueryPool
+Pool = (TokenPool | MeanPool | PrefixPool | TokenMeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool | ProbePool
+        | QueryPool)
 
 
 @spec
@@ -157,8 +171,10 @@ class Head:
         match self.pool:
             case QueryPool(dim=own):
                 return own
-            case FlattenPool(tokens=tokens):
+            case FlattenPool(tokens=tokens) | PrefixPool(tokens=tokens, join="concat"):
                 return tokens * dim
+            case TokenMeanPool():
+                return 2 * dim
         return dim
 
 
@@ -209,16 +225,20 @@ class TextSpec:
 
 @spec
 class CLIPSpec:
-    """Two towers that end in one space. `logit_scale` (the logarithm) and `logit_bias` are where training starts."""
+    """Two towers that end in one space, and a third one for sounds where there is `audio`, a ViT over spectrograms.
+    `logit_scale` (the logarithm) and `logit_bias` are where training starts."""
 
     image: ViTSpec
     text: TextSpec
     logit_scale: float = math.log(1 / 0.07)
     logit_bias: float | None = None
+    audio: ViTSpec | None = None
 
     def __post_init__(self) -> None:
         image, text = out_dim(self.image), out_dim(self.text)
         require(image == text, f"image features are {image} wide and text features {text}")
+        require(self.audio is None or out_dim(self.audio) == image,
+                f"image features are {image} wide and audio features {self.audio and out_dim(self.audio)}")
 
     @property
     def dim(self) -> int:

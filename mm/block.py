@@ -33,7 +33,7 @@ class Block(nn.Module):
         self.cross_post_norm = build_norm(sandwich if layer.cross else None, dim)
         self.mlp_post_norm = build_norm(sandwich if layer.mlp else None, dim)
         self.mixer_scale, self.cross_scale, self.mlp_scale = (
-            nn.Parameter(torch.full((dim,), layer.layer_scale)) if here and layer.layer_scale is not None else None
+            nn.Parameter(torch.ones(dim) * layer.layer_scale) if here and layer.layer_scale is not None else None
             for here in (True, layer.cross, layer.mlp))
 
     def reset_parameters(self) -> None:
@@ -45,7 +45,8 @@ class Block(nn.Module):
         if self.layer.placement.startswith("parallel"):
             y = self.mixer_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            return add(add(self.branch(self.mixer(y, scene), self.mixer_scale), self.branch(self.mlp(z), self.mlp_scale)), x)
+            mixed, other = self.branch(self.mixer(y, scene), self.mixer_scale), self.branch(self.mlp(z), self.mlp_scale)
+            return add(add(mixed, other), x)
         x = self.add(x, lambda y: self.mixer(y, scene), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
         if self.cross is not None:
             x = self.add(x, lambda y: self.cross(y, scene.at, memory, memory_at), self.cross_norm, self.cross_post_norm,

@@ -1,11 +1,10 @@
-"""Matrix products: one projection, or several of one input at once, by the fastest kernel that gives the same result."""
+"""Matrix products: one projection, or several of one input at once, by the fastest kernel with the same result."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-
 
 LARGE = 1 << 18  # weights; below, the call costs more than the kernel gains
 

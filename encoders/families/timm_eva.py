@@ -28,7 +28,7 @@ from ..spec import (
     TokenPool,
     ViTSpec,
 )
-from .timm_common import bare, blueprint, timm_family
+from .timm_common import timm_family
 
 HALVES = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
 BATCHED = Way(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])
@@ -38,7 +38,8 @@ POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool()}
 
 # ------------------------------------------------------------------------------------- module to spec
 def to_spec(model: nn.Module, where: str) -> ViTSpec:
-    """Raises InputError that names what timm's Eva can do and this package cannot."""
+    """Dropout of positions and before the head is left out: only timm's own training has it. Raises InputError that
+    names what timm's Eva can do and this package cannot."""
     if model.patch_embed.dynamic_img_pad:
         raise InputError(f"{where}: dynamic_img_pad is not supported")
     if len({getattr(block.attn, "num_kv_heads", None) for block in model.blocks}) > 1:
@@ -154,9 +155,8 @@ def layout_of(rope: nn.Module) -> str:
 
 # -------------------------------------------------------------------------------------------- weights
 def table(spec: ViTSpec, names: Iterable[str]) -> Table:
-    """`names`, those on disk, say which projections are fused and which are split; without any, those that
-    `to_model` gives."""
-    names = set(names) or set(blueprint(bare(*to_model(spec)), "timm's Eva").state_dict())
+    """`names`, those on disk, say which projections are fused and which are split."""
+    names = set(names)
     mixed = tuple(f"stack.blocks.{n}.mixer.mixed" for n in range(len(spec.stack.layers)))
     return Table((
         rule("patch_embed.proj.{x}", "patchify.{x}"),

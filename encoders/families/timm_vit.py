@@ -13,7 +13,19 @@ from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, QKNorm, Stack
 from mm.tables import Rule, Table, Way, rule
 
-from ..spec import GridTable, Head, MaxPool, MeanPool, Patches, Pool, PrefixPool, ProbePool, Projection, TokenPool, ViTSpec
+from ..spec import (
+    GridTable,
+    Head,
+    MaxPool,
+    MeanPool,
+    Patches,
+    Pool,
+    PrefixPool,
+    ProbePool,
+    Projection,
+    TokenPool,
+    ViTSpec,
+)
 from .timm_common import timm_family
 from .timm_eva import BATCHED, mlp_rules, norm_of, pool_rules, ratio
 
@@ -47,7 +59,8 @@ def layer_of(block: nn.Module, where: str) -> Layer:
     if type(block) is not Block:
         raise InputError(f"{where}: the block {type(block).__name__} is not supported")
     attn, scale = block.attn, getattr(block.ls1, "gamma", None)
-    if not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity) or attn.proj.in_features != attn.proj.out_features:
+    narrow = attn.proj.in_features != attn.proj.out_features
+    if narrow or not isinstance(getattr(attn, "norm", nn.Identity()), nn.Identity):
         raise InputError(f"{where}: scale_attn_norm and attn_dim are not supported")
     norm, bias = norm_of(attn.q_norm, where), attn.qkv.bias is not None
     mixer = Attention(heads=attn.num_heads, kv_heads=attn.num_heads, head_dim=attn.head_dim, q_bias=bias, k_bias=bias,
