@@ -117,7 +117,7 @@ def pool_of(model: nn.Module, where: str) -> Pool:
     if pool is not None:
         return ProbePool(heads=pool.num_heads, mlp=mlp_of(pool.mlp, where), norm=norm_of(pool.norm, where))
     if model.global_pool not in POOLS:
-        raise InputError(f"{where}: global_pool should be map, {' or '.join(POOLS)}, not {model.global_pool!r}")
+        raise InputError(f"{where}: global_pool should be {', '.join(POOLS)} or map, not {model.global_pool!r}")
     return POOLS[model.global_pool]
 
 
