@@ -4,6 +4,7 @@ the manner of ImageBind (Girdhar et al., 2023)."""
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -13,10 +14,13 @@ from mm.errors import InputError
 from mm.tokenizer import Tokenizer
 
 from . import spec
+from .audio import Sound
 from .image import Preprocess, Source
 from .pretrained import Pretrained
 from .text import TextEncoder
 from .vit import ViT
+
+Part = TypeVar("Part")
 
 
 class CLIP(Pretrained):
@@ -32,7 +36,7 @@ class CLIP(Pretrained):
         super().__init__()
         self.spec = settings
         self.image, self.text = ViT(settings.image), TextEncoder(settings.text)
-        self.audio = ViT(settings.audio) if settings.audio else None
+        self.audio = ViT(settings.audio.tower) if settings.audio else None
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if settings.logit_bias is None else nn.Parameter(torch.empty(()))
         self.preprocessing = preprocess or Preprocess(size=settings.image.image)
@@ -56,10 +60,14 @@ class CLIP(Pretrained):
         return self.text.encode(ids)
 
     def encode_audio(self, sounds: Tensor) -> Tensor:
-        """Spectrograms (B, 1, T, F) -> (B, E). Raises InputError when the model has no audio tower."""
-        if self.audio is None:
+        """Spectrograms (B, 1, F, T) -> (B, E). Raises InputError when the model has no audio tower."""
+        return self.hearing(self.audio).encode(sounds)
+
+    @staticmethod
+    def hearing(part: Part | None) -> Part:
+        if part is None:
             raise InputError("this model has no audio tower: it cannot encode sounds")
-        return self.audio.encode(sounds)
+        return part
 
     # ----------------------------------------------------------------------------- pictures and words
     def tokenize(self, texts: str | Sequence[str]) -> Tensor:
@@ -67,6 +75,11 @@ class CLIP(Pretrained):
         if self.tokenizer is None:
             raise InputError("this model has no tokenizer: its directory held none, give CLIP one as tokenizer=")
         return self.tokenizer([texts] if isinstance(texts, str) else list(texts), self.spec.text.context)
+
+    def spectrograms(self, sounds: Sound | Sequence[Sound]) -> Tensor:
+        """Sounds (files, or samples at the rate of the spectrogram) -> (B, 1, F, T). Raises InputError."""
+        sounds = sounds if isinstance(sounds, list | tuple) else [sounds]
+        return self.hearing(self.spec.audio).spectrogram.batch(sounds)
 
     @torch.no_grad()
     def similarity(self, images: Source | Sequence[Source] | Tensor, texts: str | Sequence[str]) -> Tensor:

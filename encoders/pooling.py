@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from mm.attention import CrossAttention
 from mm.errors import InputError
+from mm.linear import Linear
 from mm.mlp import Mlp
 from mm.norm import build_norm
 from mm.spec import Attention
@@ -130,6 +131,19 @@ def build_pool(settings: spec.Pool, dim: int) -> nn.Module:
     return Simple(settings)
 
 
+class TanhLinear(Linear):
+    """x: (..., D) -> (..., E), between -1 and 1."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).tanh()
+
+
+def build_projection(settings: spec.Projection | None, dim: int) -> nn.Module:
+    if settings is None:
+        return nn.Identity()
+    return (TanhLinear if settings.act == "tanh" else Linear)(dim, settings.dim, bias=settings.bias)
+
+
 class Head(nn.Module):
     """How a tower ends: `pooled` gives (B, D), `proj` of it (B, E)."""
 
@@ -138,7 +152,7 @@ class Head(nn.Module):
         width = settings.width(dim)
         self.pool = build_pool(settings.pool, dim)
         self.norm = build_norm(settings.norm, width)
-        self.proj = nn.Linear(width, settings.proj.dim, bias=settings.proj.bias) if settings.proj else nn.Identity()
+        self.proj = build_projection(settings.proj, width)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:

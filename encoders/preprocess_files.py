@@ -23,7 +23,9 @@ _CLIP = {"do_resize": True, "size": {"shortest_edge": 224}, "resample": 3, "do_c
          "image_std": CLIP_STD, "default_to_square": False}
 _SQUASH = {**_CLIP, "size": {"height": 224, "width": 224}, "do_center_crop": False, "crop_size": None,
            "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "default_to_square": True}
-HF_DEFAULTS = {"CLIP": _CLIP, "Bit": _CLIP, "Siglip": _SQUASH, "ViT": {**_SQUASH, "resample": 2}}
+HF_DEFAULTS = {"CLIP": _CLIP, "Bit": _CLIP, "Siglip": _SQUASH, "ViT": {**_SQUASH, "resample": 2},
+               "DINOv3ViT": {**_SQUASH, "resample": 2, "image_mean": IMAGENET_MEAN, "image_std": IMAGENET_STD},
+               "DeiT": {**_SQUASH, "size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224}}
 
 
 def read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
@@ -49,7 +51,7 @@ def from_mm(content: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def from_hf(content: Mapping[str, Any]) -> dict[str, Any]:
-    """A preprocessor_config.json of transformers' CLIP, Bit, Siglip or ViT image processor."""
+    """A preprocessor_config.json of transformers' CLIP, Bit, Siglip, ViT, DeiT or DINOv3 image processor."""
     kind = content.get("image_processor_type", content.get("feature_extractor_type", "CLIPImageProcessor"))
     for ending in ("Pil", "Fast", "ImageProcessor", "FeatureExtractor"):
         kind = kind.removesuffix(ending)

@@ -9,6 +9,8 @@ from mm.errors import InputError
 from mm.schema import require, spec
 from mm.spec import LayerNorm, Mlp, Norm, Stack, attention
 
+from .audio import Spectrogram
+
 
 # --------------------------------------------------------------------------------------------- pictures
 @spec
@@ -154,8 +156,11 @@ Pool = (TokenPool | MeanPool | PrefixPool | TokenMeanPool | MaxPool | FlattenPoo
 
 @spec
 class Projection:
+    """A linear map to `dim`, a classifier or a shared space; `act` tanh makes it ViT's and BERT's pooler."""
+
     dim: int
     bias: bool = False
+    act: Literal["none", "tanh"] = "none"
 
 
 @spec
@@ -224,21 +229,32 @@ class TextSpec:
 
 
 @spec
+class AudioSpec:
+    """A ViT over the spectrograms (1, F, T) that `spectrogram` makes of sounds."""
+
+    tower: ViTSpec
+    spectrogram: Spectrogram
+
+    def __post_init__(self) -> None:
+        require(self.tower.patches.channels == 1, "a spectrogram has one channel, as should AudioSpec.tower.patches")
+
+
+@spec
 class CLIPSpec:
-    """Two towers that end in one space, and a third one for sounds where there is `audio`, a ViT over spectrograms.
-    `logit_scale` (the logarithm) and `logit_bias` are where training starts."""
+    """Two towers that end in one space, and a third one for sounds where there is `audio`. `logit_scale` (the
+    logarithm) and `logit_bias` are where training starts."""
 
     image: ViTSpec
     text: TextSpec
     logit_scale: float = math.log(1 / 0.07)
     logit_bias: float | None = None
-    audio: ViTSpec | None = None
+    audio: AudioSpec | None = None
 
     def __post_init__(self) -> None:
         image, text = out_dim(self.image), out_dim(self.text)
         require(image == text, f"image features are {image} wide and text features {text}")
-        require(self.audio is None or out_dim(self.audio) == image,
-                f"image features are {image} wide and audio features {self.audio and out_dim(self.audio)}")
+        audio = out_dim(self.audio.tower) if self.audio else image
+        require(image == audio, f"image features are {image} wide and audio features {audio}")
 
     @property
     def dim(self) -> int:

@@ -9,23 +9,37 @@ from mm import checkpoint
 from mm.errors import InputError
 from mm.tables import IDENTITY
 
+from ..audio import Spectrogram
+from ..image import Preprocess
 from ..spec import CLIPSpec, ViTSpec
-from .common import Extras, Family
+from .common import Extras, Family, pictures
 from .hf_clip import HF_CLIP
+from .hf_dino import HF_DINO
+from .hf_vit import HF_VIT
 from .open_clip import OPEN_CLIP
 from .timm_eva import TIMM_EVA
 from .timm_vit import TIMM_VIT
+
+PREPROCESS = "preprocess.json"
 
 
 def own(kind: str, settings: type) -> Family:
     """This package's own layout."""
     def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
         about = {"labels": list(extras.labels)} if extras.labels else {}
-        beside = {"preprocess.json": extras.preprocess.to_mm()} if extras.preprocess else {}
+        beside = {PREPROCESS: extras.preprocess.to_mm()} if extras.preprocess else {}
         return {**beside, checkpoint.CONFIG: config | about}
+    def preprocess(folder: Path, settings: CLIPSpec | ViTSpec) -> Preprocess | Spectrogram:
+        path = folder / PREPROCESS
+        content = checkpoint.read_json(path) if path.is_file() else {}
+        try:
+            return Spectrogram(**content) if "frames" in content else pictures(folder, settings)
+        except TypeError as error:
+            raise InputError(f"{path}: {error}") from None
     return Family(
         layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=kind == "clip",
         recognise=lambda config: config.get("family") == kind, table=lambda spec, names: IDENTITY, files=files,
+        preprocess=preprocess,
         to_spec=lambda config, where: checkpoint.unpack(config, settings, where),
         from_spec=lambda spec: checkpoint.pack(kind, spec), labels=lambda config: tuple(config.get("labels", ())))
 
@@ -34,7 +48,7 @@ def own(kind: str, settings: type) -> Family:
 # a model writes it.
 FAMILIES: dict[str, tuple[Family, ...]] = {
     "clip": (own("clip", CLIPSpec), HF_CLIP, OPEN_CLIP),
-    "vit": (own("vit", ViTSpec), TIMM_VIT, TIMM_EVA),
+    "vit": (own("vit", ViTSpec), HF_DINO, HF_VIT, TIMM_VIT, TIMM_EVA),
 }
 WEIGHT_PATTERNS = ("model*.safetensors", "open_clip_*.safetensors", "pytorch_model*.bin", "open_clip_*.bin")
 
