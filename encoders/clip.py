@@ -15,6 +15,7 @@ from mm.tokenizer import Tokenizer
 
 from . import spec
 from .audio import Sound
+from .flex import Flex
 from .image import Preprocess, Source
 from .pretrained import Pretrained
 from .text import TextEncoder
@@ -51,8 +52,8 @@ class CLIP(Pretrained):
     def forward(self, pixels: Tensor, ids: Tensor) -> tuple[Tensor, Tensor]:
         return self.encode_image(pixels), self.encode_text(ids)
 
-    def encode_image(self, pixels: Tensor) -> Tensor:
-        """pixels (B, 3, h, w) of any size -> (B, E)."""
+    def encode_image(self, pixels: Tensor | Flex) -> Tensor:
+        """pixels (B, 3, h, w) of any size, or a batch of pictures at their own aspects -> (B, E)."""
         return self.image.encode(pixels)
 
     def encode_text(self, ids: Tensor) -> Tensor:
@@ -82,9 +83,9 @@ class CLIP(Pretrained):
         return self.hearing(self.spec.audio).spectrogram.batch(sounds)
 
     @torch.no_grad()
-    def similarity(self, images: Source | Sequence[Source] | Tensor, texts: str | Sequence[str]) -> Tensor:
-        """Cosines (images, texts) of pictures, or of preprocessed pixels (B, 3, h, w), with texts."""
-        pixels = images if isinstance(images, Tensor) else self.preprocess(
+    def similarity(self, images: Source | Sequence[Source] | Tensor | Flex, texts: str | Sequence[str]) -> Tensor:
+        """Cosines (images, texts) of pictures, or of what `preprocess` made of them, with texts."""
+        pixels = images if isinstance(images, Tensor | Flex) else self.preprocess(
             list(images) if isinstance(images, list | tuple) else [images])
         device = self.logit_scale.device
         image, text = self(pixels.to(device), self.tokenize(texts).to(device))

@@ -2,15 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import json
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Literal, Self
 
 import torch
 from torch import Tensor
 
 from mm.errors import InputError
+from mm.schema import require, spec
 from mm.tree import register
 
+from .image import Preprocess, Source, read_image
+from .preprocess_files import FILTERS
 from .spec import Patches
 
 
@@ -59,3 +66,68 @@ def flex_batch(pictures: Sequence[Tensor], patches: Patches, length: int | None 
     for row, own in zip(padded, rows, strict=True):
         row[: len(own)] = own
     return Flex(padded, tuple(sizes))
+
+
+@spec
+class FlexPreprocess:
+    """A picture to pixels that keep its aspect: the largest size whose sides are multiples of `patch` pixels and that
+    has at most `tokens` patches (SigLIP 2, Tschannen et al., 2025)."""
+
+    patch: int = 16
+    tokens: int = 256
+    interpolation: Literal["nearest", "lanczos", "bilinear", "bicubic", "box", "hamming"] = "bilinear"
+    mean: tuple[float, ...] = (0.5, 0.5, 0.5)
+    std: tuple[float, ...] = (0.5, 0.5, 0.5)
+    rescale: float = 1 / 255
+
+    def __post_init__(self) -> None:
+        require(min(self.patch, self.tokens) > 0, "FlexPreprocess.patch and tokens must be positive")
+
+    def __call__(self, image: Source) -> Tensor:
+        """One picture, whatever `read_image` takes -> (3, h, w)."""
+        image = read_image(image)
+        size = self.size(image.height, image.width)
+        plain = Preprocess(size=size, resize="squash", interpolation=self.interpolation, mean=self.mean, std=self.std,
+                           rescale=self.rescale)
+        return plain(image)
+
+    def batch(self, images: Iterable[Source]) -> Flex:
+        """Pictures -> a batch padded to `tokens` patches."""
+        return flex_batch([self(image) for image in images], Patches(size=(self.patch, self.patch)), self.tokens)
+
+    def size(self, height: int, width: int) -> tuple[int, int]:
+        """(h, w) in pixels, found by halving the interval of scales as the reference does."""
+        low, high = 1e-6, 100.0
+        while high - low >= 1e-5:
+            scale = (low + high) / 2
+            h, w = (self.side(scale, side) for side in (height, width))
+            low, high = (scale, high) if (h // self.patch) * (w // self.patch) <= self.tokens else (low, scale)
+        return self.side(low, height), self.side(low, width)
+
+    def side(self, scale: float, pixels: int) -> int:
+        return max(self.patch, math.ceil(pixels * scale / self.patch) * self.patch)
+
+    @classmethod
+    def from_files(cls, folder: str | Path, patch: int) -> Self:
+        """What a directory says, or SigLIP 2's own. Raises InputError for a broken file."""
+        path = Path(folder) / "preprocessor_config.json"
+        if not path.is_file():
+            return cls(patch=patch)
+        try:
+            given = json.loads(path.read_text("utf-8"))
+            filters = {number: name for name, number in FILTERS.items()}
+            return cls(patch=given.get("patch_size", patch), tokens=given.get("max_num_patches", 256),
+                       interpolation=filters[given.get("resample", 2)], mean=tuple(given.get("image_mean", (0.5,) * 3)),
+                       std=tuple(given.get("image_std", (0.5,) * 3)), rescale=given.get("rescale_factor", 1 / 255))
+        except (ValueError, TypeError, KeyError) as error:
+            raise InputError(f"{path}: not a readable preprocessing file ({error})") from None
+
+    def to_mm(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def to_hf(self) -> dict[str, Any]:
+        """The preprocessor_config.json of a Siglip2ImageProcessor."""
+        return {"image_processor_type": "Siglip2ImageProcessor", "do_resize": True, "do_rescale": True,
+                "do_normalize": True, "do_convert_rgb": True, "patch_size": self.patch, "max_num_patches": self.tokens,
+                "resample": FILTERS[self.interpolation], "image_mean": list(self.mean), "image_std": list(self.std),
+                "rescale_factor": self.rescale}

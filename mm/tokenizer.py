@@ -22,7 +22,7 @@ from mm.pieces import BOS, EOS, BytePairs, Pieces, SentencePiece, TokenizersFile
 
 CLIP_MERGES = Path(__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCABULARY = 49408
-SURROUNDED = {"T5": (False, True), "Llama": (True, False), "Gemma": (True, False)}  # start, end; sentencepiece classes
+SURROUNDED = {"T5": (False, True), "Llama": (True, False), "Gemma": (True, False), "Siglip": (False, True)}  # start, end; sentencepiece classes
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of a data loader
 
@@ -43,6 +43,8 @@ CLEANERS: dict[str, Callable[[str], str]] = {
     "none": lambda text: text,
     "whitespace": lambda text: _squeeze(_mend(text)),
     "lower": lambda text: _squeeze(_mend(text)).lower(),
+    "lowercase": str.lower,
+    "bare": lambda text: _squeeze(text.lower().translate(_PUNCTUATION)),
     "canonicalize": lambda text: _squeeze(_mend(text).replace("_", " ").translate(_PUNCTUATION).lower()),
 }
 
@@ -197,6 +199,9 @@ def _load(folder: Path) -> Tokenizer | None:
         if not text.get("hf_tokenizer_name"):
             return clip_tokenizer() if text.get("vocab_size", CLIP_VOCABULARY) >= CLIP_VOCABULARY else None
         settings.setdefault("clean", text.get("tokenizer_kwargs", {}).get("clean", "whitespace"))
+    if settings.get("do_lower_case", True):
+        cleaning = {"SiglipTokenizer": "bare", "Siglip2Tokenizer": "lowercase"}.get(settings.get("tokenizer_class"))
+        settings |= {"clean": cleaning} if cleaning and "clean" not in settings else {}
     pieces = _pieces(folder, settings)
     if pieces is None:
         return None

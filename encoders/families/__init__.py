@@ -10,11 +10,13 @@ from mm.errors import InputError
 from mm.tables import IDENTITY
 
 from ..audio import Spectrogram
+from ..flex import FlexPreprocess
 from ..image import Preprocess
 from ..spec import CLIPSpec, ViTSpec
 from .common import Extras, Family, pictures
 from .hf_clip import HF_CLIP
 from .hf_dino import HF_DINO
+from .hf_siglip import HF_SIGLIP
 from .hf_vit import HF_VIT
 from .open_clip import OPEN_CLIP
 from .timm_eva import TIMM_EVA
@@ -29,11 +31,15 @@ def own(kind: str, settings: type) -> Family:
         about = {"labels": list(extras.labels)} if extras.labels else {}
         beside = {PREPROCESS: extras.preprocess.to_mm()} if extras.preprocess else {}
         return {**beside, checkpoint.CONFIG: config | about}
-    def preprocess(folder: Path, settings: CLIPSpec | ViTSpec) -> Preprocess | Spectrogram:
+    def preprocess(folder: Path, settings: CLIPSpec | ViTSpec) -> Preprocess | FlexPreprocess | Spectrogram:
         path = folder / PREPROCESS
         content = checkpoint.read_json(path) if path.is_file() else {}
         try:
-            return Spectrogram(**content) if "frames" in content else pictures(folder, settings)
+            if "frames" in content:
+                return Spectrogram(**content)
+            if "tokens" in content:
+                return FlexPreprocess(**{k: tuple(v) if isinstance(v, list) else v for k, v in content.items()})
+            return pictures(folder, settings)
         except TypeError as error:
             raise InputError(f"{path}: {error}") from None
     return Family(
@@ -47,7 +53,7 @@ def own(kind: str, settings: type) -> Family:
 # By kind of model; a directory that holds several layouts is read as the first, a layout's first family that can hold
 # a model writes it.
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    "clip": (own("clip", CLIPSpec), HF_CLIP, OPEN_CLIP),
+    "clip": (own("clip", CLIPSpec), HF_CLIP, HF_SIGLIP, OPEN_CLIP),
     "vit": (own("vit", ViTSpec), HF_DINO, HF_VIT, TIMM_VIT, TIMM_EVA),
 }
 WEIGHT_PATTERNS = ("model*.safetensors", "open_clip_*.safetensors", "pytorch_model*.bin", "open_clip_*.bin")
