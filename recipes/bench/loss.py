@@ -1,0 +1,81 @@
+"""`mm bench loss`: the tiled contrastive losses, forward and backward, against open_clip's dense ones on a CPU."""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..search.arguments import positive
+from ..train.loss import clip_loss, siglip_loss
+from .report import Case, cores, interleave, report
+
+PACKAGES = ("torch", "open_clip_torch")
+SCALE, BIAS = 2.659, -10.0
+
+
+def loss(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mm bench loss", description=__doc__)
+    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
+    parser.add_argument("--batch", type=positive, default=4096, help="pairs (default: 4096)")
+    parser.add_argument("--dim", type=positive, default=512, help="width of the features (default: 512)")
+    parser.add_argument("--repeats", type=positive, default=9, help="timed calls of each (default: 9)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    return report("loss", measure(args.batch, args.dim, args.repeats), packages=PACKAGES, json_file=args.json)
+
+
+def measure(batch: int, dim: int, repeats: int) -> list[Case]:
+    torch.manual_seed(0)
+    image, text = (torch.randn(batch, dim, requires_grad=True) for _ in range(2))
+    scale, bias = (torch.tensor(value, requires_grad=True) for value in (SCALE, BIAS))
+    group, inputs = torch.arange(batch), (image, text, scale, bias)
+    pairs = {"softmax": (lambda: clip_loss(image, text, scale, group), peer_softmax(image, text, scale)),
+             "SigLIP": (lambda: siglip_loss(image, text, scale, bias, group), peer_siglip(image, text, scale, bias))}
+    cases = []
+    for name, (ours, peer) in pairs.items():
+        torch.testing.assert_close(ours(), peer(), atol=1e-4, rtol=1e-5)
+        mine, theirs = (peak(step(f, inputs)) / 2**20 for f in (ours, peer))
+        cases.append(Case(case=f"{name}, {batch} x {dim}, peak memory", ours=mine, peer=theirs, ratio=theirs / mine,
+                          at_least=4.0, unit="MiB"))
+        timing = interleave(step(ours, inputs), step(peer, inputs), repeats)
+        cases.append(Case.timed(f"{name}, {batch} x {dim}, time", timing, at_least=1 / 1.3))
+    return cases
+
+
+def step(f: Callable[[], Tensor], inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    def run() -> None:
+        for x in inputs:
+            x.grad = None
+        f().backward()
+    return run
+
+
+def peak(run: Callable[[], None]) -> int:
+    """The most bytes that the tensors made during a call hold at once, by the allocator's own account."""
+    from torch.profiler import ProfilerActivity, profile
+
+    run()  # what is made once and kept
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as seen:
+        run()
+    sizes = [event.nbytes() for event in seen.profiler.kineto_results.events() if event.name() == "[memory]"]
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def peer_softmax(image: Tensor, text: Tensor, scale: Tensor) -> Callable[[], Tensor]:
+    from open_clip.loss import ClipLoss
+
+    dense = ClipLoss()
+    return lambda: dense(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale.exp())
+
+
+def peer_siglip(image: Tensor, text: Tensor, scale: Tensor, bias: Tensor) -> Callable[[], Tensor]:
+    from open_clip.loss import SigLipLoss
+
+    dense = SigLipLoss()
+    return lambda: dense(F.normalize(image, dim=-1), F.normalize(text, dim=-1), scale.exp(), bias)
