@@ -15,6 +15,7 @@ from mm.tokenizer import Tokenizer
 
 from . import spec
 from .audio import Sound
+from .backbone import build_image_tower
 from .flex import Flex
 from .image import Preprocess, Source
 from .pretrained import Pretrained
@@ -36,7 +37,7 @@ class CLIP(Pretrained):
                  tokenizer: Tokenizer | None = None):
         super().__init__()
         self.spec = settings
-        self.image, self.text = ViT(settings.image), TextEncoder(settings.text)
+        self.image, self.text = build_image_tower(settings.image), TextEncoder(settings.text)
         self.audio = ViT(settings.audio.tower) if settings.audio else None
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if settings.logit_bias is None else nn.Parameter(torch.empty(()))

@@ -125,6 +125,15 @@ class FlexPreprocess:
     def to_mm(self) -> dict[str, Any]:
         return asdict(self)
 
+    def to_timm(self) -> dict[str, Any]:
+        """The `pretrained_cfg` entries of a timm config.json: a picture of as many patches stands for `tokens`."""
+        if not math.isclose(self.rescale, 1 / 255):
+            raise InputError(f"preprocessing: rescale = {self.rescale} cannot be written for timm")
+        rows = next(n for n in range(math.isqrt(self.tokens), 0, -1) if self.tokens % n == 0)
+        return {"input_size": [3, rows * self.patch, self.tokens // rows * self.patch], "crop_pct": 1.0,
+                "crop_mode": "center", "interpolation": self.interpolation, "mean": list(self.mean),
+                "std": list(self.std)}
+
     def to_hf(self) -> dict[str, Any]:
         """The preprocessor_config.json of a Siglip2ImageProcessor."""
         return {"image_processor_type": "Siglip2ImageProcessor", "do_resize": True, "do_rescale": True,

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from mm import rope
 from mm.linear import linear
-from mm.positions import resample_grid, sinusoid_2d
+from mm.positions import resample_grid, resample_line, sinusoid_2d
 
 from . import spec
 from .flex import Flex
@@ -66,9 +66,51 @@ class GridPositions(nn.Module):
         """(prefix + N, D) for this grid."""
         if grid == self.grid:
             return self.weight
-        table = resample_grid(self.weight[self.prefix :], self.grid, grid, mode=self.settings.mode,
-                              antialias=self.settings.antialias)
+        s, (rows, columns) = self.settings, grid
+        whole = around(grid) if s.keep_aspect else grid
+        table = resample_grid(self.weight[self.prefix :], self.grid, whole, mode=s.mode, antialias=s.antialias,
+                              align_corners=s.align_corners)
+        if whole != grid:
+            table = table.unflatten(0, whole)[:rows, :columns].flatten(0, 1)
         return torch.cat([self.weight[: self.prefix], table])
+
+
+class FactorPositions(nn.Module):
+    """Tables of rows (h, D) and columns (w, D), laid over the grid at hand; prefix tokens have no position."""
+
+    prefix = 0
+
+    def __init__(self, dim: int, grid: Size, settings: spec.FactorTable):
+        super().__init__()
+        self.settings = settings
+        self.rows, self.columns = (nn.Parameter(torch.empty(side, dim)) for side in grid)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        for table in (self.rows, self.columns):
+            nn.init.normal_(table, std=(2 * table.shape[1]) ** -0.5)
+
+    def forward(self, grid: Size) -> Tensor:
+        """(N, D) for this grid."""
+        whole = around(grid) if self.settings.keep_aspect else grid
+        rows, columns = (resample_line(table, length)[:side] for table, length, side in
+                         zip((self.rows, self.columns), whole, grid, strict=True))
+        return (rows[:, None] + columns).flatten(0, 1)
+
+
+def build_positions(settings: spec.GridTable | spec.FactorTable | None, dim: int, grid: Size, prefix: int
+                    ) -> GridPositions | FactorPositions | None:
+    match settings:
+        case spec.GridTable():
+            return GridPositions(dim, grid, prefix, settings)
+        case spec.FactorTable():
+            return FactorPositions(dim, grid, settings)
+    return None
+
+
+def around(grid: Size) -> Size:
+    """The square around a grid."""
+    return (max(grid),) * 2
 
 
 def coordinates(grid: Size, settings: spec.IndexGrid | spec.CentredGrid, training: bool, device: torch.device

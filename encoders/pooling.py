@@ -19,6 +19,7 @@ from .spec import (
     EosPool,
     FlattenPool,
     MaxPool,
+    MeanMaxPool,
     MeanPool,
     PrefixPool,
     ProbePool,
@@ -47,7 +48,7 @@ class Simple(nn.Module):
                 return x[:, :tokens].mean(1) if join == "mean" else x[:, :tokens].flatten(1)
             case TokenMeanPool():
                 return torch.cat([x[:, 0], average(x[:, prefix:], None if real is None else real[:, prefix:])], 1)
-            case MeanPool(prefix=True) | MaxPool(prefix=True):
+            case MeanPool(prefix=True) | MaxPool(prefix=True) | MeanMaxPool(prefix=True):
                 prefix = 0
             case ArgmaxPool():
                 return pick(x, ids.argmax(-1))
@@ -56,8 +57,11 @@ class Simple(nn.Module):
             case FlattenPool(tokens=tokens):
                 return flatten(x[:, prefix:], tokens)
         x, real = x[:, prefix:], None if real is None else real[:, prefix:]
-        if isinstance(self.settings, MaxPool):
-            return (x if real is None else x.masked_fill(~real[..., None], -torch.inf)).amax(1)
+        match self.settings:
+            case MaxPool():
+                return largest(x, real)
+            case MeanMaxPool():
+                return (average(x, real) + largest(x, real)) / 2
         return average(x, real)
 
 
@@ -66,6 +70,7 @@ class ProbePooling(nn.Module):
 
     def __init__(self, dim: int, settings: ProbePool):
         super().__init__()
+        self.settings = settings
         self.probe = nn.Parameter(torch.empty(1, dim))
         self.attention = cross_attention(dim, dim, settings.heads)
         self.norm = build_norm(settings.norm, dim)
@@ -73,6 +78,8 @@ class ProbePooling(nn.Module):
         nn.init.normal_(self.probe, std=dim**-0.5)
 
     def forward(self, x: Tensor, prefix: int = 0, ids: Tensor | None = None, real: Tensor | None = None) -> Tensor:
+        if not self.settings.prefix:
+            x, real = x[:, prefix:], None if real is None else real[:, prefix:]
         y = ask(self.attention, self.probe, x, real)
         return (y + self.mlp(self.norm(y)))[:, 0]
 
@@ -108,6 +115,11 @@ def ask(attention: CrossAttention, query: Tensor, x: Tensor, real: Tensor | None
 def average(x: Tensor, real: Tensor | None) -> Tensor:
     """x (B, N, D) -> (B, D), over the tokens that are real (B, N)."""
     return x.mean(1) if real is None else (x * real[..., None]).sum(1) / real.sum(1, keepdim=True).clamp(min=1)
+
+
+def largest(x: Tensor, real: Tensor | None) -> Tensor:
+    """x (B, N, D) -> (B, D), over the tokens that are real (B, N)."""
+    return (x if real is None else x.masked_fill(~real[..., None], -torch.inf)).amax(1)
 
 
 def flatten(x: Tensor, tokens: int) -> Tensor:

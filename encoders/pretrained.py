@@ -49,7 +49,7 @@ class Pretrained(nn.Module):
         model.tokenizer = load_tokenizer(folder) if family.has_text else None
         model.labels = family.labels(config)
         model.check_files(str(folder))
-        return model.eval()
+        return model.to(device).eval()  # also what no file holds
 
     def check_files(self, where: str) -> None:
         """Whether what lies beside the weights fits them; raises InputError."""

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from typing import Any, Literal
 
 from mm.errors import InputError
-from mm.schema import require, spec
+from mm.schema import require, require_rates, spec
 from mm.spec import LayerNorm, Mlp, Norm, Stack, attention
 
 from .audio import Spectrogram
@@ -38,12 +38,23 @@ class Patches:
 @spec
 class GridTable:
     """One learned vector per patch, and per prefix token where `prefix`; other grids are reached by interpolation.
-    `fixed` starts as 2-D sinusoids and is not trained (MAE, CLIPA)."""
+    `keep_aspect` interpolates to the square around the grid and takes its first rows and columns; `align_corners`
+    keeps the outermost vectors in place. `fixed` starts as 2-D sinusoids and is not trained (MAE, CLIPA)."""
 
     prefix: bool = True
     mode: Literal["bicubic", "bilinear"] = "bicubic"
     antialias: bool = True
+    keep_aspect: bool = False
+    align_corners: bool = False
     fixed: bool = False
+
+
+@spec
+class FactorTable:
+    """One learned vector per row of patches plus one per column; other lengths are reached by linear interpolation,
+    with `keep_aspect` as for a GridTable (NaFlexVit's factorized positions)."""
+
+    keep_aspect: bool = False
 
 
 @spec
@@ -107,6 +118,13 @@ class MaxPool:
 
 
 @spec
+class MeanMaxPool:
+    """Half of a MeanPool plus half of a MaxPool."""
+
+    prefix: bool = False
+
+
+@spec
 class FlattenPool:
     """All `tokens` patches side by side: every place keeps its own share of the vector, so a small tower trained on
     little data need not learn where things are. Serves one picture size only."""
@@ -128,11 +146,13 @@ class EosPool:
 
 @spec
 class ProbePool:
-    """Attention by one learned query, then a residual MLP (MAP; Zhai et al., 2021; SigLIP)."""
+    """Attention by one learned query, then a residual MLP (MAP; Zhai et al., 2021; SigLIP). Without `prefix` it reads
+    the patches alone."""
 
     heads: int
     mlp: Mlp
     norm: Norm = LayerNorm(eps=1e-6)
+    prefix: bool = True
 
 
 @spec
@@ -150,8 +170,8 @@ class QueryPool:
         require(self.dim % self.heads == 0, f"QueryPool.dim {self.dim} cannot be split over {self.heads} heads")
 
 
-Pool = (TokenPool | MeanPool | PrefixPool | TokenMeanPool | MaxPool | FlattenPool | ArgmaxPool | EosPool | ProbePool
-        | QueryPool)
+Pool = (TokenPool | MeanPool | PrefixPool | TokenMeanPool | MaxPool | MeanMaxPool | FlattenPool | ArgmaxPool | EosPool
+        | ProbePool | QueryPool)
 
 
 @spec
@@ -188,7 +208,7 @@ class Head:
 class ViTSpec:
     """`image` is the (height, width) in pixels that the position table was made for; any other size is served too.
     Tokens are `cls` class tokens, `registers`, then patches row by row. `coords` are what the rope of the stack turns
-    by; prefix tokens do not turn."""
+    by; prefix tokens do not turn. `native` says that it was trained on pictures at their own aspect (NaFlex)."""
 
     image: tuple[int, ...]
     patches: Patches
@@ -196,10 +216,11 @@ class ViTSpec:
     head: Head
     cls: int = 1
     registers: int = 0
-    positions: GridTable | None = GridTable()
+    positions: GridTable | FactorTable | None = GridTable()
     coords: IndexGrid | CentredGrid | None = None
     pre_norm: Norm | None = None
     patch_dropout: float = 0.0
+    native: bool = False
 
     def __post_init__(self) -> None:
         require(len(self.image) == 2, "ViTSpec.image must be (height, width)")
@@ -211,6 +232,37 @@ class ViTSpec:
         ropes = any(attention(layer).rope for layer in self.stack.layers)
         require(ropes == (self.coords is not None), "a ViT has rotary layers exactly when it has coords")
         self.patches.grid(*self.image)
+
+
+@spec
+class Argument:
+    """A keyword argument of a constructor, as plain data."""
+
+    name: str
+    value: Any
+
+
+@spec
+class Backbone:
+    """Any of timm's models as an image tower: `name` is timm's, at its own `image` size (height, width) in pixels, with
+    `pool` as its global_pool ("": its own). Features of width `dim` come from timm's own classifier ("own"), from its
+    pooled features as they are ("none"), or from a linear layer or MLP on them."""
+
+    name: str
+    image: tuple[int, ...]
+    dim: int
+    pool: str = ""
+    head: Literal["own", "none", "linear", "mlp"] = "linear"
+    bias: bool = False
+    arguments: tuple[Argument, ...] = ()
+    dropout: float = 0.0
+    drop_path: float | None = None
+    patch_dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        require(len(self.image) == 2 and min(self.image) > 0, "Backbone.image must be (height, width)")
+        require(self.dim > 0, "Backbone.dim must be positive")
+        require_rates(self, "dropout", "patch_dropout")
 
 
 @spec
@@ -244,7 +296,7 @@ class CLIPSpec:
     """Two towers that end in one space, and a third one for sounds where there is `audio`. `logit_scale` (the
     logarithm) and `logit_bias` are where training starts."""
 
-    image: ViTSpec
+    image: ViTSpec | Backbone
     text: TextSpec
     logit_scale: float = math.log(1 / 0.07)
     logit_bias: float | None = None
@@ -262,6 +314,8 @@ class CLIPSpec:
         return out_dim(self.image)
 
 
-def out_dim(tower: ViTSpec | TextSpec) -> int:
+def out_dim(tower: ViTSpec | TextSpec | Backbone) -> int:
     """The width of a tower's features."""
+    if isinstance(tower, Backbone):
+        return tower.dim
     return tower.head.proj.dim if tower.head.proj else tower.head.width(tower.stack.dim)

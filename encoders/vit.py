@@ -18,7 +18,7 @@ from mm.visibility import At, padded
 
 from . import spec
 from .flex import Flex
-from .patches import GridPositions, Patchify, coordinates, kept_patches, take
+from .patches import Patchify, build_positions, coordinates, kept_patches, take
 from .pooling import Head
 from .pretrained import Pretrained
 
@@ -49,9 +49,8 @@ class ViT(Pretrained):
         self.patchify = Patchify(dim, settings.patches)
         self.cls = nn.Parameter(torch.empty(settings.cls, dim)) if settings.cls else None
         self.registers = nn.Parameter(torch.empty(settings.registers, dim)) if settings.registers else None
-        table = settings.positions
         grid = settings.patches.grid(*settings.image)
-        self.positions = GridPositions(dim, grid, self.prefix, table) if table else None
+        self.positions = build_positions(settings.positions, dim, grid, self.prefix)
         self.pre_norm = build_norm(settings.pre_norm, dim)
         self.stack = Transformer(settings.stack)
         self.head = Head(dim, settings.head)
@@ -154,6 +153,8 @@ class ViT(Pretrained):
 
         if families.kind_of(families.resolve(name_or_dir)) == "clip":
             clip = CLIP.from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)
+            if not isinstance(clip.image, cls):
+                raise InputError(f"{name_or_dir}: its image tower is timm's {clip.image.spec.name}, not a ViT")
             clip.image.preprocessing = clip.preprocessing
             return clip.image
         return super().from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)

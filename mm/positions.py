@@ -35,12 +35,12 @@ def sinusoid_2d(height: int, width: int, dim: int, *, theta: float = 10000.0) ->
 
 
 def resample_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic",
-                  antialias: bool = True) -> Tensor:
+                  antialias: bool = True, align_corners: bool = False) -> Tensor:
     """A table of learned 2-D positions (old[0] * old[1], D) for another grid: (new[0] * new[1], D)."""
     if old == new:
         return table
     picture = table.float().T.reshape(1, -1, *old)
-    picture = F.interpolate(picture, new, mode=mode, antialias=antialias, align_corners=False)
+    picture = F.interpolate(picture, new, mode=mode, antialias=antialias, align_corners=align_corners)
     return picture.flatten(2)[0].T.to(table.dtype)
 
 

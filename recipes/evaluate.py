@@ -6,7 +6,9 @@ import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import partial
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 from mm.errors import InputError
@@ -18,6 +20,7 @@ if TYPE_CHECKING:
 
     from ..encoders.clip import CLIP
     from .data.pairs import Pair, Pairs
+    from .data.pictures import Picture
 
 
 def evaluate(argv: list[str]) -> int:
@@ -94,42 +97,64 @@ class Meter:
         from .metrics import recall, unit
 
         classes = zeroshot_classifier(self.clip, list(pairs.classes), self.templates).float().cpu()
-        features, items = self.images(pairs)
+        features, items = self.media("image", pairs)
         found = recall(unit(features) @ classes, [pair.group for pair in items], range(len(pairs.classes)), (1, 5))
         return {"top-1": found["R@1"], "top-5": found["R@5"]}
 
     def _recall(self, pairs: Pairs) -> dict[str, dict[str, float]]:
+        """Both ways between every two of image, text and audio that items hold together."""
         from .metrics import retrieval
 
-        features, items = self.images(pairs)
-        captions = [(text, pair.group) for pair in items for text in pair.captions]
-        texts = self.texts([text for text, _ in captions])
-        return retrieval(features, texts, [pair.group for pair in items], [group for _, group in captions])
+        values = {}
+        for one, other in combinations(("image", "text", "audio"), 2):
+            held = replace(pairs, items=[pair for pair in pairs.items if {one, other} <= {*pair.kinds}])
+            if len(held):
+                a, b, labels, others = self._features(one, other, held)
+                there, back = retrieval(a, b, labels, others).values()
+                values |= {f"{one[0]}2{other[0]}": there, f"{other[0]}2{one[0]}": back}
+        return values
 
-    def images(self, pairs: Pairs) -> tuple[Tensor, list[Pair]]:
-        """Features (n, E) of the pictures that can be read, and their items."""
+    def _features(self, one: str, other: str, pairs: Pairs) -> tuple[Tensor, Tensor, list[int], list[int]]:
+        """Features of both kinds and the groups of their rows, of items that can be read."""
+        found = {kind: self.media(kind, pairs) for kind in ("image", "audio") if kind in (one, other)}
+        read = [{id(pair) for pair in items} for _, items in found.values()]
+        whole = [pair for pair in pairs.items if all(id(pair) in known for known in read)]
+        places = {id(pair) for pair in whole}
+        features = {kind: rows[[id(pair) in places for pair in items]] for kind, (rows, items) in found.items()}
+        labels = {kind: [pair.group for pair in whole] for kind in found}
+        if "text" in (one, other):
+            features["text"] = self.texts([text for pair in whole for text in pair.captions])
+            labels["text"] = [pair.group for pair in whole for _ in pair.captions]
+        return features[one], features[other], labels[one], labels[other]
+
+    def media(self, kind: str, pairs: Pairs) -> tuple[Tensor, list[Pair]]:
+        """Features (n, E) of the pictures ("image") or sounds ("audio") that can be read, and their items."""
         import torch
 
         from .search.pictures import batches, read_ahead
 
         features, items = [], []
-        for rows in batches(read_ahead(pairs.items, self._read), self.batch):
-            good = [(pair, pixels) for pair, pixels in rows if not isinstance(pixels, InputError)]
-            self.skipped |= {pair.picture.name: str(error) for pair, error in rows if isinstance(error, InputError)}
+        encode = getattr(self.clip, f"encode_{kind}")
+        for rows in batches(read_ahead(pairs.items, partial(self._read, kind)), self.batch):
+            good = [(pair, x) for pair, x in rows if not isinstance(x, InputError)]
+            bad = [(_file(kind, pair), error) for pair, error in rows if isinstance(error, InputError)]
+            self.skipped |= {file.name: str(error) for file, error in bad}
             if good:
-                pixels = torch.stack([pixels for _, pixels in good]).to(self.clip.logit_scale.device)
-                features.append(self.clip.encode_image(pixels).float().cpu())
+                inputs = torch.stack([x for _, x in good]).to(self.clip.logit_scale.device)
+                features.append(encode(inputs).float().cpu())
                 items += [pair for pair, _ in good]
         if not items:
-            raise InputError(f"{pairs.where}: none of {len(pairs)} pictures can be read, the last because "
+            things = {"image": "pictures", "audio": "sounds"}[kind]
+            raise InputError(f"{pairs.where}: none of {len(pairs)} {things} can be read, the last because "
                              f"{list(self.skipped.values())[-1]}")
         return torch.cat(features), items
 
-    def _read(self, pair: Pair) -> Tensor:
+    def _read(self, kind: str, pair: Pair) -> Tensor:
+        file = _file(kind, pair)
         try:
-            return self.clip.preprocess(pair.picture.open())
+            return self.clip.preprocess(file.open()) if kind == "image" else self.clip.spectrograms(file.open())[0]
         except OSError as error:
-            raise InputError(f"{pair.picture.name}: {error.strerror or error}") from None
+            raise InputError(f"{file.name}: {error.strerror or error}") from None
 
     def texts(self, texts: Sequence[str]) -> Tensor:
         """Features (n, E)."""
@@ -137,3 +162,7 @@ class Meter:
 
         parts = (self.clip.tokenize(texts[i : i + 256]) for i in range(0, len(texts), 256))
         return torch.cat([self.clip.encode_text(ids.to(self.clip.logit_scale.device)).float().cpu() for ids in parts])
+
+
+def _file(kind: str, pair: Pair) -> Picture:
+    return pair.picture if kind == "image" else pair.sound

@@ -14,7 +14,8 @@ if TYPE_CHECKING:
 PARTS = {  # the longest prefix of a parameter's name counts
     "image": "image embeddings", "image.stack": "image layers", "image.head": "image layers",
     "text": "text embeddings", "text.stack": "text layers", "text.head": "text layers",
-    "image.head.proj": "projections", "text.head.proj": "projections", "logit": "scale and bias"}
+    "audio": "audio tower", "image.head.proj": "projections", "text.head.proj": "projections",
+    "logit": "scale and bias"}
 
 
 def info(argv: list[str]) -> int:
@@ -54,7 +55,7 @@ def count_parameters(clip: CLIP) -> dict[str, int]:
     counts = dict.fromkeys(dict.fromkeys(PARTS.values()), 0)
     for name, value in clip.named_parameters():
         counts[PARTS[max(filter(name.startswith, PARTS), key=len)]] += value.numel()
-    return counts
+    return {part: count for part, count in counts.items() if count or part != PARTS["audio"]}
 
 
 def count_flops(clip: CLIP) -> dict[str, int]:

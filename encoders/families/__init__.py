@@ -19,7 +19,9 @@ from .hf_dino import HF_DINO
 from .hf_siglip import HF_SIGLIP
 from .hf_vit import HF_VIT
 from .open_clip import OPEN_CLIP
+from .open_clip_timm import OPEN_CLIP_TIMM
 from .timm_eva import TIMM_EVA
+from .timm_naflex import TIMM_NAFLEX
 from .timm_vit import TIMM_VIT
 
 PREPROCESS = "preprocess.json"
@@ -53,8 +55,8 @@ def own(kind: str, settings: type) -> Family:
 # By kind of model; a directory that holds several layouts is read as the first, a layout's first family that can hold
 # a model writes it.
 FAMILIES: dict[str, tuple[Family, ...]] = {
-    "clip": (own("clip", CLIPSpec), HF_CLIP, HF_SIGLIP, OPEN_CLIP),
-    "vit": (own("vit", ViTSpec), HF_DINO, HF_VIT, TIMM_VIT, TIMM_EVA),
+    "clip": (own("clip", CLIPSpec), HF_CLIP, HF_SIGLIP, OPEN_CLIP, OPEN_CLIP_TIMM),
+    "vit": (own("vit", ViTSpec), HF_DINO, HF_VIT, TIMM_VIT, TIMM_EVA, TIMM_NAFLEX),
 }
 WEIGHT_PATTERNS = ("model*.safetensors", "open_clip_*.safetensors", "pytorch_model*.bin", "open_clip_*.bin")
 

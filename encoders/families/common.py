@@ -103,6 +103,15 @@ def encoder(*, dim: int, depth: int, heads: int, hidden: int, act: str, norm: La
     return Stack(dim=dim, layers=(layer,) * depth, final_norm=norm if final_norm else None)
 
 
+def a_vit(spec: CLIPSpec, layout: str) -> ViTSpec:
+    """The image tower of CLIP's own kind. Raises InputError for another."""
+    if not isinstance(spec.image, ViTSpec):
+        raise InputError(f"the {layout} layout of CLIP's own ViT cannot hold timm's {spec.image.name}")
+    if spec.image.head.proj is None:
+        raise InputError(f"the {layout} layout of CLIP's own ViT projects the image features, and this model does not")
+    return spec.image
+
+
 def ensure_kept(settings: Any, read_back: Any, layout: str) -> None:
     """Raises InputError that names the first thing a layout would lose: what it wrote must read back as the same model.
     How it trains and how its positions are interpolated are not part of a model's identity."""
@@ -120,6 +129,8 @@ def essence(value: Any) -> Any:
         return value
     names = [field.name for field in fields(value) if field.name not in TRAINING_ONLY | OTHER_SIZES_ONLY]
     data = {"is": type(value).__name__, **{name: essence(getattr(value, name)) for name in names}}
+    if isinstance(value, ViTSpec) and value.positions and not value.cls + value.registers:
+        data["positions"].pop("prefix")  # there is none to have a position
     if isinstance(value, ViTSpec | TextSpec) and isinstance(value.head.pool, TokenPool | ArgmaxPool | EosPool):
         data["head"]["norm"] = data["head"]["norm"] or data["stack"].pop("final_norm")
     return data

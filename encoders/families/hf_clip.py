@@ -22,7 +22,7 @@ from ..spec import (
     TokenPool,
     ViTSpec,
 )
-from .common import Extras, Family, Keys, encoder, ensure_kept
+from .common import Extras, Family, Keys, a_vit, encoder, ensure_kept
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -109,7 +109,7 @@ def stack_of(keys: Keys) -> tuple[dict[str, Any], LayerNorm]:
 # ------------------------------------------------------------------------------------- spec to config
 def from_spec(spec: CLIPSpec) -> dict[str, Any]:
     """Raises InputError that names what this layout cannot hold."""
-    image, text, pool = spec.image, spec.text, spec.text.head.pool
+    image, text, pool = a_vit(spec, "hf"), spec.text, spec.text.head.pool
     dim = (image.head.proj or Projection(dim=0)).dim
     towers = {
         "vision_config": stack_config(image.stack) | {

@@ -90,7 +90,7 @@ def stack_of(keys: Keys) -> dict[str, Any]:
         raise InputError(f"{keys.where}: hidden_act should be one of {', '.join(ACTS)}, not {act!r}")
     if dim % heads:
         raise InputError(f"{keys.where}: hidden_size {dim} cannot be split over {heads} heads")
-    return {"dim": dim, "heads": heads, "act": ACTS[act], "norm": LayerNorm(eps=float(keys.take("layer_norm_eps", float))),
+    return {"dim": dim, "heads": heads, "act": ACTS[act], "norm": LayerNorm(eps=keys.take("layer_norm_eps", float)),
             "depth": keys.positive("num_hidden_layers"), "hidden": keys.positive("intermediate_size"),
             "dropout": float(keys.take("attention_dropout", (int, float)))}
 

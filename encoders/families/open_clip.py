@@ -27,7 +27,7 @@ from ..spec import (
     TokenPool,
     ViTSpec,
 )
-from .common import Extras, Family, Keys, encoder, ensure_kept
+from .common import Extras, Family, Keys, a_vit, encoder, ensure_kept
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",
@@ -127,7 +127,7 @@ def choice(keys: Keys, name: str, options: Mapping[str, Any], default: str) -> A
 # ------------------------------------------------------------------------------------- spec to config
 def from_spec(spec: CLIPSpec) -> dict[str, Any]:
     """Raises InputError that names what this layout cannot hold."""
-    image, text = spec.image, spec.text
+    image, text = a_vit(spec, "open_clip"), spec.text
     quick = image.stack.layers[0].mlp.act == "quick_gelu"
     model = {"embed_dim": (image.head.proj or Projection(dim=0)).dim, "quick_gelu": quick,
              "init_logit_scale": spec.logit_scale, "init_logit_bias": spec.logit_bias,
@@ -194,7 +194,7 @@ def one_or_two(pair: tuple[int, ...]) -> int | list[int]:
 def table(spec: CLIPSpec, names: Iterable[str]) -> Table:
     """`names` decide whether the text tower lies under `text.`; what is written has it at the top level."""
     text = "text." if any(name.startswith("text.transformer.") for name in names) else ""
-    width, proj = spec.image.stack.dim, spec.text.head.proj
+    width = spec.image.stack.dim
     pool, post = spec.image.head.pool, "image.head.norm" if spec.image.head.norm else "image.stack.final_norm"
     rules = [
         rule("visual.conv1.weight", "image.patchify.weight"),
@@ -205,14 +205,20 @@ def table(spec: CLIPSpec, names: Iterable[str]) -> Table:
         rule("visual.proj", "image.head.proj.weight", TRANSPOSED),
         *block_rules("visual.transformer.", "image.stack."),
         *(pooler_rules(pool, width) if isinstance(pool, QueryPool) else ()),
-        rule(f"{text}token_embedding.weight", "text.tokens"),
-        rule(f"{text}positional_embedding", "text.positions"),
-        rule(f"{text}ln_final.{{x}}", ("text.head.norm" if spec.text.head.norm else "text.stack.final_norm") + ".{x}"),
-        *block_rules(f"{text}transformer.", "text.stack."),
-        rule(f"{text}text_projection.{{x}}", "text.head.proj.{x}") if proj and proj.bias else
-        rule(f"{text}text_projection", "text.head.proj.weight", TRANSPOSED),
-        rule("logit_scale", "logit_scale", SCALAR), rule("logit_bias", "logit_bias", SCALAR)]
+        *text_rules(spec.text, text)]
     return Table(tuple(rules), {name: SCALARS for name in ("input_resolution", "context_length", "vocab_size")})
+
+
+def text_rules(spec: TextSpec, t: str) -> list[Rule]:
+    """The text tower's under the prefix `t`, and the scalars of the pair."""
+    proj = spec.head.proj
+    return [
+        rule(f"{t}token_embedding.weight", "text.tokens"), rule(f"{t}positional_embedding", "text.positions"),
+        rule(f"{t}ln_final.{{x}}", ("text.head.norm" if spec.head.norm else "text.stack.final_norm") + ".{x}"),
+        *block_rules(f"{t}transformer.", "text.stack."),
+        rule(f"{t}text_projection.{{x}}", "text.head.proj.{x}") if proj and proj.bias else
+        rule(f"{t}text_projection", "text.head.proj.weight", TRANSPOSED),
+        rule("logit_scale", "logit_scale", SCALAR), rule("logit_bias", "logit_bias", SCALAR)]
 
 
 def block_rules(theirs: str, ours: str) -> list[Rule]:
@@ -244,6 +250,14 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     return {CONFIG: {"model_cfg": model, "preprocess_cfg": extras.preprocess.to_open_clip()}}
 
 
+def trunk_name(config: Mapping[str, Any]) -> str | None:
+    """The name of the timm model that is the image tower, where one is."""
+    model = config.get("model_cfg")
+    vision = model.get("vision_cfg") if isinstance(model, Mapping) else None
+    return vision.get("timm_model_name") if isinstance(vision, Mapping) else None
+
+
 OPEN_CLIP = Family(
-    layout="open_clip", config=CONFIG, weights=FILES, has_text=True, recognise=lambda config: "model_cfg" in config,
+    layout="open_clip", config=CONFIG, weights=FILES, has_text=True,
+    recognise=lambda config: "model_cfg" in config and not trunk_name(config),
     to_spec=to_spec, from_spec=from_spec, table=table, files=files)

@@ -80,7 +80,7 @@ def config_of(model: nn.Module, architecture: str, args: Mapping[str, Any]) -> d
     own = copy.deepcopy({name: model.pretrained_cfg.get(name) for name in ("first_conv", "classifier")})
     size = args.get("img_size") or (224, 224)
     cfg = {"num_classes": model.num_classes, "input_size": [args.get("in_chans", 3), *size], "custom_load": False,
-           "fixed_input_size": not args.get("dynamic_img_size"), **{k: v for k, v in own.items() if v is not None}}
+           "fixed_input_size": False, **{k: v for k, v in own.items() if v is not None}}
     return {"architecture": architecture, "num_classes": model.num_classes, "num_features": model.num_features,
             "global_pool": args.get("global_pool", ""), "model_args": dict(args), "pretrained_cfg": cfg}
 

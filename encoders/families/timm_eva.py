@@ -100,10 +100,11 @@ def mlp_of(mlp: nn.Module, where: str) -> Mlp:
     from timm.layers import GluMlp, SwiGLU
 
     gated = isinstance(mlp, GluMlp | SwiGLU)
-    acts = {nn.SiLU: "silu"} if gated else {nn.GELU: "gelu"}
-    if type(mlp.act) not in acts:
-        raise InputError(f"{where}: the activation {type(mlp.act).__name__} is not supported")
-    return Mlp(hidden=mlp.fc2.in_features, act=acts[type(mlp.act)], gated=gated, inner_norm=norm_of(mlp.norm, where),
+    acts = {"SiLU": "silu"} if gated else {"GELU": "gelu", "GELUTanh": "gelu_tanh"}
+    act = type(mlp.act).__name__
+    if act not in acts:
+        raise InputError(f"{where}: the activation {act} is not supported")
+    return Mlp(hidden=mlp.fc2.in_features, act=acts[act], gated=gated, inner_norm=norm_of(mlp.norm, where),
                dropout=mlp.drop1.p)
 
 

@@ -17,6 +17,7 @@ from ..spec import (
     GridTable,
     Head,
     MaxPool,
+    MeanMaxPool,
     MeanPool,
     Patches,
     Pool,
@@ -29,7 +30,8 @@ from ..spec import (
 from .timm_common import timm_family
 from .timm_eva import BATCHED, mlp_rules, norm_of, pool_rules, ratio
 
-POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool()}
+POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool(), "avgmax": MeanMaxPool()}
+ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
 TWO_HEADS = PrefixPool(tokens=2, join="concat")  # a class token and a distillation token, each with its classifier
 TWO_TOKENS = Way(lambda xs: [torch.cat([x[0] for x in xs])], lambda xs: [row[None, None] for row in xs[0]])
 HALF_EACH = Way(lambda xs: [torch.cat(list(xs), 1) / 2], lambda xs: [2 * half for half in xs[0].chunk(2, 1)])
@@ -101,7 +103,8 @@ def head_of(model: nn.Module, where: str) -> Head:
 def pool_of(model: nn.Module, where: str) -> Pool:
     pool = model.attn_pool
     if pool is not None:
-        return ProbePool(heads=pool.num_heads, mlp=mlp_of(pool.mlp, where), norm=norm_of(pool.norm, where))
+        return ProbePool(heads=pool.num_heads, mlp=mlp_of(pool.mlp, where), norm=norm_of(pool.norm, where),
+                         prefix=model.pool_include_prefix or not model.num_prefix_tokens)
     if model.global_pool not in POOLS:
         raise InputError(f"{where}: global_pool should be map, {' or '.join(POOLS)}, not {model.global_pool!r}")
     if model.pool_include_prefix and model.global_pool != "token":
@@ -167,11 +170,10 @@ def stem_args(spec: ViTSpec) -> dict[str, Any]:
 
 def layer_args(layer: Layer, dim: int) -> dict[str, Any]:
     mixer, mlp = layer.mixer, layer.mlp
-    acts = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
-    if mlp.act not in acts:
+    if mlp.act not in ACTS:
         raise InputError(f"timm's VisionTransformer has no activation {mlp.act}")
     return {"num_heads": mixer.heads, "qkv_bias": mixer.q_bias, "qk_norm": mixer.qk_norm is not None,
-            "mlp_ratio": ratio(mlp.hidden * (2 if mlp.gated else 1), dim), "act_layer": acts[mlp.act],
+            "mlp_ratio": ratio(mlp.hidden * (2 if mlp.gated else 1), dim), "act_layer": ACTS[mlp.act],
             "init_values": layer.layer_scale}
 
 
@@ -179,12 +181,11 @@ def pool_args(spec: ViTSpec) -> dict[str, Any]:
     pool = spec.head.pool
     if isinstance(pool, PrefixPool):
         return {"global_pool": "token"}
-    if isinstance(pool, ProbePool):
-        return {"global_pool": "map"}
-    name = {TokenPool: "token", MeanPool: "avg", MaxPool: "max"}.get(type(pool))
-    if name is None or pool == TokenPool(index=-1):
+    names = {TokenPool: "token", MeanPool: "avg", MaxPool: "max", MeanMaxPool: "avgmax", ProbePool: "map"}
+    if type(pool) not in names or pool == TokenPool(index=-1):
         raise InputError(f"timm's VisionTransformer has no pool like {pool}")
-    return {"global_pool": name, **({"pool_include_prefix": True} if getattr(pool, "prefix", False) else {})}
+    inside = getattr(pool, "prefix", False) and spec.cls + spec.registers > 0
+    return {"global_pool": names[type(pool)], **({"pool_include_prefix": True} if inside else {})}
 
 
 def kind() -> type:

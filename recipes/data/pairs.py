@@ -1,4 +1,4 @@
-"""Pictures with captions from tables, folders, webdataset shards and EmojiCross, as one list with random access."""
+"""Pictures, captions and sounds from tables, folders, webdataset shards and EmojiCross, with random access."""
 
 from __future__ import annotations
 
@@ -9,19 +9,27 @@ from pathlib import Path
 from mm.errors import InputError
 
 from .emojicross import Queries, emojicross
-from .pictures import ENDINGS, ArrayPicture, FilePicture, Picture
+from .pictures import ENDINGS, ArrayPicture, FilePicture, Picture, SoundFile
 from .settings import TEMPLATES
 from .tables import ENDINGS as TABLES
-from .tables import read_table
+from .tables import Row, read_table
 
 
 @dataclass(frozen=True, kw_only=True)
 class Pair:
-    """A picture and its captions, the most exact one first; items of one `group` are never each other's negatives."""
+    """What belongs together: two or three of a picture, captions, the most exact one first, and a sound. `group` is a
+    number that items share which say the same."""
 
-    picture: Picture
+    picture: Picture | None
     captions: tuple[str, ...]
     group: int
+    sound: SoundFile | None = None
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Which of image, text and audio there are, in this order."""
+        held = {"image": self.picture, "text": self.captions, "audio": self.sound}
+        return tuple(kind for kind, value in held.items() if value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,7 +58,7 @@ def read_pairs(path: str, templates: Sequence[str] = TEMPLATES) -> Pairs:
     if path.endswith(".tar"):
         from .shards import read_shards
 
-        return _collect(path, ((picture, captions, "") for picture, captions in read_shards(path)))
+        return _collect(path, ((picture, captions, "", None) for picture, captions in read_shards(path)))
     place = Path(path).expanduser()
     if place.is_dir():
         return _folder(place, templates)
@@ -58,36 +66,45 @@ def read_pairs(path: str, templates: Sequence[str] = TEMPLATES) -> Pairs:
         raise InputError(f"{path} does not exist; expected a table, a folder, .tar shards or emojicross")
     if place.suffix.lower() not in TABLES:
         raise InputError(f"{path} is neither a folder nor a file that ends in {', '.join(TABLES)} or .tar")
-    rows = ((FilePicture(place.parent / row.image), row.captions, row.group) for row in read_table(place))
-    return _collect(str(place), rows)
+    return _collect(str(place), (_entry(row, place.parent) for row in read_table(place)))
+
+
+def _entry(row: Row, folder: Path) -> tuple[Picture | None, Iterable[str], str, SoundFile | None]:
+    return (FilePicture(folder / row.image) if row.image else None, row.captions, row.group,
+            SoundFile(folder / row.audio) if row.audio else None)
 
 
 @dataclass
 class _Item:
     captions: list[str] = field(default_factory=list)
     group: str = ""
+    picture: Picture | None = None
+    sound: SoundFile | None = None
 
 
-def _collect(where: str, rows: Iterable[tuple[Picture, Iterable[str], str]]) -> Pairs:
-    """Merges rows by picture and counts what is empty. Items with the same `group` or, lacking one, the same captions
-    share a group."""
-    found: dict[Picture, _Item] = {}
-    empty = 0
-    for picture, captions, group in rows:
-        item = found.setdefault(picture, _Item())
+def _collect(where: str, rows: Iterable[tuple[Picture | None, Iterable[str], str, SoundFile | None]]) -> Pairs:
+    """Merges rows by picture and sound and counts what is empty. Items with the same `group` or, lacking one, the same
+    captions share a group."""
+    found: dict[Hashable, _Item] = {}
+    empty = sounds = 0
+    for picture, captions, group, sound in rows:
+        item = found.setdefault((picture, sound) if picture or sound else tuple(captions), _Item())
         words = [" ".join(caption.split()) for caption in captions]
-        empty += sum(not caption for caption in words)
+        empty += sum(not caption for caption in words) if sound is None or picture is None else 0
+        sounds += sound is not None
         item.captions = list(dict.fromkeys([*item.captions, *filter(None, words)]))
-        item.group = group or item.group
+        item.group, item.picture, item.sound = group or item.group, picture, sound
     numbers: dict[Hashable, int] = {}
-    items = [Pair(picture=picture, captions=tuple(item.captions),
-                  group=numbers.setdefault(item.group or tuple(item.captions), len(numbers)))
-             for picture, item in found.items() if item.captions]
-    if not items:
-        raise InputError(f"{where} holds no picture with a caption")
-    lonely = len(found) - len(items)
-    dropped = ((empty, "empty captions were skipped"), (lonely, "pictures without a caption were skipped"))
-    return Pairs(where=where, items=items, notes=tuple(f"{where}: {count} {what}" for count, what in dropped if count))
+    items = [Pair(picture=item.picture, captions=tuple(item.captions), sound=item.sound,
+                  group=numbers.setdefault(item.group or tuple(item.captions) or key, len(numbers)))
+             for key, item in found.items()]
+    whole = [item for item in items if len(item.kinds) > 1]
+    if not whole:
+        missing = "sound with a picture or caption" if sounds else "picture with a caption"
+        raise InputError(f"{where} holds no {missing}")
+    lonely = "rows with one thing only" if sounds else "pictures without a caption"
+    dropped = ((empty, "empty captions were skipped"), (len(items) - len(whole), f"{lonely} were skipped"))
+    return Pairs(where=where, items=whole, notes=tuple(f"{where}: {count} {what}" for count, what in dropped if count))
 
 
 def _folder(folder: Path, templates: Sequence[str]) -> Pairs:
@@ -95,7 +112,8 @@ def _folder(folder: Path, templates: Sequence[str]) -> Pairs:
     if not files:
         raise InputError(f"{folder} holds no picture ({', '.join(sorted(ENDINGS))})")
     if any(file.with_suffix(".txt").exists() for file in files):
-        return _collect(str(folder), ((FilePicture(file), _lines(file.with_suffix(".txt")), "") for file in files))
+        lines = ((file, _lines(file.with_suffix(".txt"))) for file in files)
+        return _collect(str(folder), ((FilePicture(file), captions, "", None) for file, captions in lines))
     if any(file.parent == folder for file in files):
         raise InputError(f"{folder} has pictures without captions: expected a .txt file beside each picture, "
                          "or one sub-folder of pictures per class")

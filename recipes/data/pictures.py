@@ -23,6 +23,10 @@ class FilePicture:
         return self.path
 
 
+class SoundFile(FilePicture):
+    """A sound, of any kind that libsndfile reads."""
+
+
 @dataclass(frozen=True)
 class TarPicture:
     """A member of an uncompressed tar file, by its place in it (bytes)."""

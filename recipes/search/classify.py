@@ -1,4 +1,4 @@
-"""`mm classify`: sorts a folder of pictures by labels that were never trained on."""
+"""`mm classify`: sorts a folder of pictures by labels that were never trained on, or by those of a classifier."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,7 +16,7 @@ import numpy as np
 from mm.errors import InputError
 
 from .arguments import device_option, positive
-from .embed import MODEL, Embedder
+from .embed import MODEL, Embedder, choose_device
 from .pictures import Walk, batches, decode, read_ahead, read_bytes, walk
 from .progress import Bar
 
@@ -25,15 +26,15 @@ if TYPE_CHECKING:
 
 def classify(argv: list[str]) -> int:
     args = _arguments().parse_args(argv)
-    labels, templates = read_labels(args.labels), choose_templates(args.templates)
+    made = zero_shot if args.labels else trained
     found = walk(args.folder)
     if not found.pictures:
         raise InputError(f"{args.folder} holds no pictures")
-    embedder = Embedder.load(args.model or MODEL, args.device)
-    sorter = Sorter(embedder, labels, templates)
+    judge = made(args)
+    sorter, labels = Sorter(judge), judge.labels
     rows, top = sorter.sort(found, args.batch), min(args.top, len(labels))
     if args.json:
-        print(json.dumps(as_json(rows, labels, top, sorter.skipped, embedder.name), indent=2, ensure_ascii=False))
+        print(json.dumps(as_json(rows, labels, top, sorter.skipped, judge.name), indent=2, ensure_ascii=False))
     else:
         print("\n".join(line(path, row, labels, top) for path, row in rows.items()))
     print(f"classified {len(rows)}, skipped {sorter.skipped} (bad)", file=sys.stderr if args.json else sys.stdout)
@@ -41,9 +42,9 @@ def classify(argv: list[str]) -> int:
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm classify", description="Sort pictures by labels, zero-shot.")
+    parser = argparse.ArgumentParser(prog="mm classify", description="Sort pictures by labels.")
     parser.add_argument("folder", metavar="PHOTOS", help="folder of pictures, searched with its sub-folders")
-    parser.add_argument("--labels", required=True, metavar="FILE", help="one label per line")
+    parser.add_argument("--labels", metavar="FILE", help="one label per line (none: those of a trained --model)")
     parser.add_argument("--model", help=f"checkpoint, hub name or directory (default: {MODEL})")
     parser.add_argument("--templates", default="photo", help="named set of prompts, or one such as 'a photo of a {}'")
     parser.add_argument("--top", type=positive, default=1, help="labels per picture (default: 1)")
@@ -83,15 +84,59 @@ def choose_templates(name: str) -> Sequence[str]:
     return TEMPLATES[name]
 
 
+@dataclass(frozen=True)
+class Judge:
+    """What gives pictures (each (3, h, w), as `preprocess` makes them) the probabilities (B, labels)."""
+
+    name: str
+    labels: list[str]
+    preprocess: Callable[[Any], Tensor]
+    shares: Callable[[list[Tensor]], np.ndarray]
+
+
+def zero_shot(args: argparse.Namespace) -> Judge:
+    """A CLIP and the labels of a file."""
+    labels, templates = read_labels(args.labels), choose_templates(args.templates)
+    import torch
+
+    from ...encoders import zeroshot
+
+    embedder = Embedder.load(args.model or MODEL, args.device)
+    classifier = zeroshot.zeroshot_classifier(embedder.clip, labels, templates).cpu()
+    scale = embedder.clip.logit_scale.detach().cpu()
+
+    def shares(pictures: list[Tensor]) -> np.ndarray:
+        return zeroshot.classify(torch.from_numpy(embedder.images(pictures)), classifier, scale).numpy()
+
+    return Judge(embedder.name, labels, embedder.clip.preprocess, shares)
+
+
+def trained(args: argparse.Namespace) -> Judge:
+    """A ViT that was trained on classes. Raises InputError for any other model."""
+    if not args.model:
+        raise InputError("--labels FILE is needed, or a --model that was trained on classes")
+    import torch
+
+    from ...encoders.any import open_model
+    from ...encoders.vit import ViT
+
+    device = choose_device(args.device)
+    vit = open_model(args.model, torch.float32, device)
+    if not isinstance(vit, ViT) or not vit.labels:
+        raise InputError(f"{args.model} has no classes of its own: --labels FILE is needed")
+
+    def shares(pictures: list[Tensor]) -> np.ndarray:
+        with torch.inference_mode():
+            return vit.encode(torch.stack(pictures).to(device)).float().softmax(-1).cpu().numpy()
+
+    return Judge(str(args.model), list(vit.labels), vit.preprocess, shares)
+
+
 class Sorter:
     """Probabilities of labels for pictures; what cannot be read is reported and counted."""
 
-    def __init__(self, embedder: Embedder, labels: list[str], templates: Sequence[str]) -> None:
-        from ...encoders import zeroshot
-
-        self.embedder, self.zeroshot, self.skipped = embedder, zeroshot, 0
-        self.classifier = zeroshot.zeroshot_classifier(embedder.clip, labels, templates).cpu()
-        self.scale = embedder.clip.logit_scale.detach().cpu()
+    def __init__(self, judge: Judge) -> None:
+        self.judge, self.skipped = judge, 0
 
     def sort(self, found: Walk, batch: int) -> dict[str, np.ndarray]:
         """The probabilities (labels,) of every readable picture, by path."""
@@ -99,23 +144,20 @@ class Sorter:
         with Bar("classifying", len(found.pictures)) as bar:
             for path, reason in found.unreadable.items():
                 self.skip(bar, f"{path}: {reason}")
-            read = partial(_read, root=found.root, preprocess=self.embedder.clip.preprocess)
+            read = partial(_read, root=found.root, preprocess=self.judge.preprocess)
             for files in batches(read_ahead([picture.path for picture in found.pictures], read), batch):
                 rows |= self.probabilities(files, bar)
                 bar.step(len(files))
         return rows
 
     def probabilities(self, files: list[tuple[str, Tensor | InputError]], bar: Bar) -> dict[str, np.ndarray]:
-        import torch
-
         good = {path: pixels for path, pixels in files if not isinstance(pixels, InputError)}
         for path, error in files:
             if path not in good:
                 self.skip(bar, str(error))
         if not good:
             return {}
-        vectors = torch.from_numpy(self.embedder.images(list(good.values())))
-        rows = self.zeroshot.classify(vectors, self.classifier, self.scale).numpy()
+        rows = self.judge.shares(list(good.values()))
         for path in (path for path, row in zip(good, rows, strict=True) if np.isnan(row).any()):
             self.skip(bar, f"{path}: the model gave no finite vector")
         return {path: row for path, row in zip(good, rows, strict=True) if not np.isnan(row).any()}

@@ -15,6 +15,7 @@ from .arguments import device_option, positive
 from .embed import Embedder
 from .gallery import Section, Shown, write_gallery
 from .pictures import decode, read_bytes
+from .short import nearest_short
 from .table import Index, Match
 
 
@@ -26,7 +27,8 @@ def search(argv: list[str]) -> int:
     embedder = Embedder.load(args.model or index.model, args.device)
     index.check_model(embedder.name, embedder.fingerprint)
     vector = text_vector(embedder, args.text) if args.image is None else image_vector(embedder, args.image)
-    query, found = args.text or args.image, index.nearest(vector, args.top)
+    query, short = args.text or args.image, args.matryoshka
+    found = nearest_short(index, vector, args.top, short) if short else index.nearest(vector, args.top)
     print(json.dumps(as_json(query, index, found), indent=2, ensure_ascii=False) if args.json else as_table(found))
     if args.html:
         _write_page(args.html, query, index, found, picture=args.image)
@@ -39,6 +41,8 @@ def _arguments() -> argparse.ArgumentParser:
     parser.add_argument("text", nargs="?", help='what to look for, such as "a red bicycle"')
     parser.add_argument("--image", metavar="FILE", help="look for pictures like this one")
     parser.add_argument("--top", type=positive, default=20, help="results (default: 20)")
+    parser.add_argument("--matryoshka", type=positive, metavar="DIMS", help="search with the first DIMS dimensions "
+                        "and re-rank with all, for models trained so; the first time adds them to the index")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--html", metavar="FILE", help="write a page with the pictures found as well")
     parser.add_argument("--model", help="where the index's model lies now, if it was moved")

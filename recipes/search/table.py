@@ -14,7 +14,9 @@ import numpy as np
 
 from mm.errors import InputError
 
-TABLE, ANN = "pictures", "vector_idx"
+from .short import PREFIX, arrays, kept
+
+TABLE, ANN = "pictures", "{}_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
 PROBES = 20  # partitions compared per query, at least
@@ -118,13 +120,12 @@ class Index:
 
     def put(self, rows: Sequence[Row]) -> None:
         """Adds rows, or replaces those of the same path; one commit."""
-        import pyarrow as pa
-
         if not rows:
             return
         columns: dict[str, Any] = {name: [getattr(row, name) for row in rows] for name in TEXTS + NUMBERS}
-        flat = np.concatenate([row.vector for row in rows]).astype(np.float32)
-        columns["vector"] = pa.FixedSizeListArray.from_arrays(pa.array(flat), self.dim)
+        vectors = np.stack([row.vector for row in rows])
+        columns["vector"] = arrays(vectors, self.dim)
+        columns |= {f"{PREFIX}{dims}": arrays(vectors, dims) for dims in kept(self.table.schema)}
         self._merge(columns)
 
     def touch(self, rows: Sequence[dict[str, Any]]) -> None:
@@ -150,14 +151,23 @@ class Index:
         """Joins small files, drops old states, and keeps a large table partitioned."""
         from lancedb.index import IvfFlat
 
-        rows, stats = len(self), self.table.index_stats(ANN)
-        stale = stats is None or stats.num_unindexed_rows > stats.num_indexed_rows // 4 or stats.num_indices > 8
+        rows, stale = len(self), [column for column in self._columns() if self._stale(column)]
         if rows < ANN_ROWS or not stale:
             return self.compact()
-        if stats:
-            self.table.drop_index(ANN)
+        for column in stale:
+            if self.table.index_stats(ANN.format(column)):
+                self.table.drop_index(ANN.format(column))
         self.compact()  # first: the partitions' centres are learned from a sample, a poor one over many small files
-        self.table.create_index("vector", config=IvfFlat(distance_type="cosine", num_partitions=_partitions(rows)))
+        for column in stale:
+            self.table.create_index(column, config=IvfFlat(distance_type="cosine", num_partitions=_partitions(rows)))
+
+    def _columns(self) -> list[str]:
+        """The columns of vectors: whole ones, and those of their first dimensions."""
+        return ["vector", *(f"{PREFIX}{dims}" for dims in kept(self.table.schema))]
+
+    def _stale(self, column: str) -> bool:
+        stats = self.table.index_stats(ANN.format(column))
+        return stats is None or stats.num_unindexed_rows > stats.num_indexed_rows // 4 or stats.num_indices > 8
 
     def compact(self) -> None:
         """Joins small files and drops old states."""
@@ -165,23 +175,29 @@ class Index:
 
     def warm(self) -> None:
         """Reads the partitions into memory ahead of many queries; without it, each is read when it is first met."""
-        if self.table.index_stats(ANN):
-            self.table.prewarm_index(ANN)
+        for column in self._columns():
+            if self.table.index_stats(ANN.format(column)):
+                self.table.prewarm_index(ANN.format(column))
 
     def nearest(self, vector: np.ndarray, top: int) -> list[Match]:
         """The `top` rows with the largest cosine to `vector` (E,), best first.
 
         Exact below ANN_ROWS rows; above, all rows of the nearest partitions are.
-        Raises InputError for a query of another width, or one that is not finite.
+        Raises InputError as `check_query` does.
         """
+        self.check_query(vector)
+        query = self.table.search(vector, vector_column_name="vector").distance_type("cosine")
+        query = query.nprobes(self.probes).limit(top)
+        found = query.select(["path", "caption", "_distance"]).to_arrow().to_pydict()
+        rows = zip(found["path"], found["_distance"], found["caption"], strict=True)
+        return [Match(path=path, score=1.0 - distance, caption=caption) for path, distance, caption in rows]
+
+    def check_query(self, vector: np.ndarray) -> None:
+        """Raises InputError for a query of another width, or one that is not finite."""
         if vector.shape != (self.dim,):
             raise InputError(f"{self.path} holds vectors of shape ({self.dim},), the query has shape {vector.shape}")
         if not np.isfinite(vector).all():
             raise InputError("the model gave no finite vector for the query")
-        query = self.table.search(vector).distance_type("cosine").nprobes(self.probes).limit(top)
-        found = query.select(["path", "caption", "_distance"]).to_arrow().to_pydict()
-        rows = zip(found["path"], found["_distance"], found["caption"], strict=True)
-        return [Match(path=path, score=1.0 - distance, caption=caption) for path, distance, caption in rows]
 
 
 def _partitions(rows: int) -> int:

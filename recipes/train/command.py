@@ -4,29 +4,39 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import re
 import sys
+import typing
 from pathlib import Path
 from typing import Any
 
 from mm.errors import InputError
 
-KINDS = {"clip": ("mm.recipes.train.fit_clip:fit", "a CLIP from pairs of pictures and captions")}
+KINDS = {  # what trains, the class of its settings, what it is
+    "clip": ("mm.recipes.train.fit_clip:fit", "mm.recipes.train.settings:ClipJob",
+             "a CLIP from pairs of pictures and captions"),
+    "vit": ("mm.recipes.train.fit_vit:fit", "mm.recipes.train.vit_settings:VitJob",
+            "a classifier from pictures in classes, from scratch or from any ViT"),
+}
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
 def train(argv: list[str]) -> int:
     if not argv or argv[0] in ("-h", "--help"):
         print("usage: mm train KIND [--config FILE] [--NAME VALUE ...]\n")
-        print("\n".join(f"  {kind:<10}{text}" for kind, (_, text) in KINDS.items()))
+        print("\n".join(f"  {kind:<10}{text}" for kind, (*_, text) in KINDS.items()))
         return 0
     if argv[0] not in KINDS:
         raise InputError(f"there is nothing to train called {argv[0]!r}; there is {', '.join(KINDS)}")
-    from .settings import ClipJob
-
-    job = parse(ClipJob, f"mm train {argv[0]}", argv[1:])
-    module, function = KINDS[argv[0]][0].split(":")
-    getattr(importlib.import_module(module), function)(job)
+    fit, settings, _ = KINDS[argv[0]]
+    job = parse(imported(settings), f"mm train {argv[0]}", argv[1:])
+    imported(fit)(job)
     return 0
+
+
+def imported(place: str) -> Any:
+    module, name = place.split(":")
+    return getattr(importlib.import_module(module), name)
 
 
 def parse(settings: type, prog: str, argv: list[str]) -> Any:
@@ -37,12 +47,33 @@ def parse(settings: type, prog: str, argv: list[str]) -> Any:
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=(settings.__doc__ or "").strip())
     parser.add_argument("--config", action="config", help="YAML file of settings: a path, or " + ", ".join(shipped()))
     parser.add_class_arguments(settings)
+    explain(parser, settings)
     try:
         values = parser.parse_args([config_path(argv, i) for i in range(len(argv))])
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
     made = parser.instantiate(values)
     return settings(**{field.name: made[field.name] for field in dataclasses.fields(settings)})
+
+
+def explain(parser: Any, settings: type) -> None:
+    """Puts what the docstrings of the dataclasses say as "name: what it is" beside the options."""
+    for action in parser._actions:
+        *path, name = action.dest.split(".")
+        owner = settings
+        for part in path:
+            owner = typing.get_type_hints(owner).get(part) if dataclasses.is_dataclass(owner) else None
+        told = told_fields(owner) if dataclasses.is_dataclass(owner) else {}
+        if name in told and not action.help:
+            action.help = told[name].replace("%", "%%")
+
+
+def told_fields(owner: type) -> dict[str, str]:
+    """What a docstring says of each field, up to the next one."""
+    text = " ".join((owner.__doc__ or "").split())
+    names = "|".join(field.name for field in dataclasses.fields(owner))
+    parts = re.split(rf"(?:^|(?<=[.)] ))({names}): ", text)
+    return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
 
 
 def shipped() -> list[str]:

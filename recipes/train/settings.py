@@ -51,20 +51,95 @@ class TextTower(Tower):
 
 
 @dataclass(frozen=True, kw_only=True)
+class AudioTower(Tower):
+    """A vision transformer over log-mel spectrograms, its patches averaged. seconds: of sound that a picture of it
+    shows, 10 ms a row (longer sounds are cut, shorter ones padded); mels: its columns; patch: a side, of both."""
+
+    seconds: float = 10.0
+    mels: int = 128
+    patch: int = 16
+    width: int = 384
+    heads: int = 6
+    patch_dropout: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
 class Shape:
-    """A CLIP to be trained from scratch; the default is the size of ViT-B/32. scale: the first factor on cosines."""
+    """A CLIP to be trained from scratch; the default is the size of ViT-B/32.
+
+    scale: the first factor on cosines (none: 1 / 0.07, for a siglip loss 10 with an offset of -10).
+    image_backbone: what takes the place of `image`: any of timm's models by its name, with new weights, or a checkpoint
+    (directory or owner/model) of a ViT or CLIP, whose image tower and preprocessing are taken and get a new projection
+    (`lock.image: 0` trains that and the final norm alone).
+    audio: a third tower, for sounds (none: there is none).
+    """
 
     dim: int = 512
-    scale: float = 1 / 0.07
+    scale: float | None = None
     image: ImageTower = ImageTower()
+    image_backbone: str | None = None
     text: TextTower = TextTower()
+    audio: AudioTower | None = None
+
+    def __post_init__(self) -> None:
+        if self.scale is not None and self.scale <= 0:
+            raise InputError(f"shape.scale must be positive, not {self.scale}")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Loss:
-    """The softmax contrastive loss. smoothing: the share of each target that is spread over the whole batch."""
+    """The contrastive loss, the mean over every two of image, text and audio that a batch holds.
 
+    kind: softmax over the batch (CLIP), or a sigmoid of every pair (siglip), which trains an offset of the logits too.
+    smoothing: the share of a softmax's target that is spread over the whole batch.
+    positives: what is right for a row: its own pair alone, or all rows of its group, which are those with an equal
+    `group` in the table or, where it has none, equal captions. Equal captions in a batch are counted where they are
+    not positives.
+    matryoshka: numbers of leading dimensions that should serve alone too; the loss is the mean over them and all.
+    chunk: rows that go through the towers at a time, at the memory of so many and the gradient of the whole batch
+    (GradCache; none: all of a process's rows).
+    """
+
+    kind: Literal["softmax", "siglip"] = "softmax"
     smoothing: float = 0.0
+    positives: Literal["pair", "group"] = "pair"
+    matryoshka: tuple[int, ...] = ()
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.smoothing < 1:
+            raise InputError(f"loss.smoothing must lie in [0, 1), not {self.smoothing}")
+        if self.kind == "siglip" and self.smoothing:
+            raise InputError("loss.smoothing belongs to the softmax loss: leave it out with siglip")
+        if self.chunk is not None and self.chunk < 1:
+            raise InputError(f"loss.chunk must be at least 1, not {self.chunk}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lock:
+    """What does not train and so has no gradient, no optimizer state and no place in checkpoints.
+
+    image: true locks the whole tower (LiT), a number all of it but so many of its last blocks, final norm and head.
+    text: likewise. audio: likewise.
+    """
+
+    image: bool | int = False
+    text: bool | int = False
+    audio: bool | int = False
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lora:
+    """Low-rank changes, merged into the exported model, are all that trains of these towers.
+
+    towers: some of image, text and audio. rank: of the changes. alpha: they are multiplied by alpha / rank. layers: ends
+    of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
+    """
+
+    towers: tuple[str, ...] = ("image", "text")
+    rank: int = 8
+    alpha: float = 16.0
+    layers: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -123,10 +198,13 @@ class Export:
 
 @dataclass(frozen=True, kw_only=True)
 class ClipJob:
-    """Train a CLIP on pairs of pictures and captions.
+    """Train a CLIP on pairs of pictures, captions and sounds.
 
     out: the directory of the run; the same command continues what is there. model: a checkpoint (directory or hub
-    name) to fine-tune, with its own preprocessing and tokenizer, instead of a new model of this `shape`.
+    name) to fine-tune, with its own preprocessing and tokenizer, instead of a new model of this `shape`. lora: none
+    trains the towers themselves. patch_dropout: the share of every picture's patches that training leaves out (none:
+    what the model or the shape says). shard: spread weights, gradients and optimizer state over the devices (FSDP2)
+    instead of a copy on each (DDP).
     """
 
     data: Data
@@ -135,9 +213,21 @@ class ClipJob:
     shape: Shape = Shape()
     augment: Augment = Augment()
     loss: Loss = Loss()
+    lock: Lock = Lock()
+    lora: Lora | None = None
+    patch_dropout: float | None = None
+    shard: bool = False
     optim: Optim = Optim()
     trainer: Trainer = Trainer()
     export: Export = Export()
+
+    def __post_init__(self) -> None:
+        if self.data.batch_size < 2:
+            raise InputError("data.batch_size is 1: a contrastive loss compares the rows of a batch and needs two")
+        towers = ("image", "text") if self.lora is None else self.lora.towers
+        odd = [name for name in towers if name not in ("image", "text", "audio")]
+        if odd or not towers:
+            raise InputError(f"lora.towers should name some of image, text and audio, not {', '.join(odd) or 'none'}")
 
 
 FREE = frozenset(("trainer.max_steps", "trainer.devices", "trainer.threads", "trainer.log", "trainer.evaluate",

@@ -36,8 +36,9 @@ class Watch(lightning.Callback):
     cut captions; a continued run goes on counting.
     """
 
-    def __init__(self, out: Path, settings: Trainer, measure: Measure | None) -> None:
-        self.out, self.settings, self.measure = out, settings, measure
+    def __init__(self, out: Path, settings: Trainer, measure: Measure | None, columns: tuple[str, ...] = COLUMNS
+                 ) -> None:
+        self.out, self.settings, self.measure, self.columns = out, settings, measure, columns
         self.notes: dict[str, dict[str, str]] = {}
         self.measured: dict[str, float] = {}
         self.seconds = 0.0
@@ -54,7 +55,7 @@ class Watch(lightning.Callback):
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.chief, self.began, self.clock = trainer.is_global_zero, trainer.global_step, time.monotonic()
         if self.chief:
-            self.log, self.validation = CsvLog(self.out / TRAIN, COLUMNS), None
+            self.log, self.validation = CsvLog(self.out / TRAIN, self.columns), None
             self.log.open(self.began)
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.began + 1)
             self.bar = Bar("training", trainer.max_steps - self.began).__enter__()
@@ -68,8 +69,10 @@ class Watch(lightning.Callback):
                                (self.settings.log, self.settings.evaluate, self.settings.save))
         if log or evaluate or save:
             self.flush()
-        if evaluate and self.measure and self.chief:
-            self.evaluate(trainer, self.measure(module.average))
+        if evaluate and self.measure:
+            average = module.whole_average() if hasattr(module, "whole_average") else module.average
+            if self.chief:
+                self.evaluate(trainer, self.measure(average))
         if save:
             self.save(trainer)
         if self.chief:
@@ -92,7 +95,7 @@ class Watch(lightning.Callback):
         if self.chief:
             self.log.write(good)
             for row in good:
-                for name in COLUMNS:
+                for name in self.columns:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
         if len(good) < len(rows):
             bad = rows[len(good)]

@@ -24,6 +24,7 @@ from mm.recipes.search.classify import best, choose_templates, read_labels
 from mm.recipes.search.embed import Embedder
 from mm.recipes.search.index import _gone, open_or_create, refresh
 from mm.recipes.search.pictures import AHEAD, Walk, read_ahead, walk
+from mm.recipes.search.short import kept, nearest_short
 from mm.recipes.search.table import Index, Row
 
 COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
@@ -272,10 +273,10 @@ def test_a_large_index_is_partitioned_and_its_scores_stay_exact(tmp_path, monkey
     index = Index.create(tmp_path / "a.lance", model="m", fingerprint="f", dim=8, folder=tmp_path)
     index.put(rows(vectors[:1400]))
     index.optimize()
-    assert index.table.index_stats(table.ANN) is None
+    assert index.table.index_stats("vector_idx") is None
     index.put(rows(vectors[1400:1900], start=1400))
     index.optimize()
-    assert index.table.index_stats(table.ANN).num_indexed_rows == 1900
+    assert index.table.index_stats("vector_idx").num_indexed_rows == 1900
     index.put(rows(vectors[1900:], start=1900))  # found before they are partitioned, too
     index.remove(["5", "it's not there"])
     scores = vectors @ vectors[1950]
@@ -288,6 +289,44 @@ def test_a_large_index_is_partitioned_and_its_scores_stay_exact(tmp_path, monkey
         index.nearest(np.ones(3, np.float32), 1)
     with pytest.raises(InputError, match="no finite vector"):
         index.nearest(np.full(8, np.nan, np.float32), 1)
+
+
+def test_the_first_dimensions_find_what_all_of_them_rank(tmp_path, monkeypatch):
+    """Vectors as Matryoshka training leaves them, the first dimensions the weightiest."""
+    monkeypatch.setattr(table, "ANN_ROWS", 1500)
+    draw = np.random.default_rng(0)
+    vectors = draw.standard_normal((2000, 32)) * 0.85 ** np.arange(32)
+    vectors = (vectors / np.linalg.norm(vectors, axis=1, keepdims=True)).astype(np.float32)
+    index = Index.create(tmp_path / "a.lance", model="m", fingerprint="f", dim=32, folder=tmp_path)
+    index.put(rows(vectors[:1900]))
+    recalls = []
+    for query in vectors[draw.integers(0, 1900, 8)] + 0.05 * draw.standard_normal((8, 32)).astype(np.float32):
+        scores = vectors[:1900] @ query / np.linalg.norm(query)
+        found = nearest_short(index, query, 10, 8)
+        best = {str(i) for i in np.argsort(-scores)[:10]}
+        recalls.append(len(best & {match.path for match in found}) / 10)
+        np.testing.assert_allclose([m.score for m in found], [scores[int(m.path)] for m in found], atol=1e-5)
+        assert [m.score for m in found] == sorted((m.score for m in found), reverse=True)
+    assert np.mean(recalls) >= 0.95 and index.table.index_stats("vector_8_idx").num_indexed_rows == 1900
+    index.put(rows(vectors[1900:], start=1900))  # the column is kept up, and an open reader sees it
+    assert kept(Index.open(tmp_path / "a.lance").table.schema) == [8]
+    assert nearest_short(Index.open(tmp_path / "a.lance"), vectors[1950], 1, 8)[0].path == "1950"
+    assert Index.open(tmp_path / "a.lance").nearest(vectors[1950], 1)[0].path == "1950"
+    with pytest.raises(InputError, match="33 is more than the 32 dimensions of m"):
+        nearest_short(index, vectors[0], 1, 33)
+
+
+def test_search_by_the_first_dimensions_from_the_command_line(photos, tmp_path, run):
+    run("index", photos, "--model", "eye", "--to", tmp_path / "a.lance")
+    plain = json.loads(run("search", tmp_path / "a.lance", "red green", "--json")[1])["results"]
+    short = json.loads(run("search", tmp_path / "a.lance", "red green", "--json", "--matryoshka", "3")[1])["results"]
+    assert [hit["path"] for hit in short] == [hit["path"] for hit in plain]
+    assert [hit["score"] for hit in short] == pytest.approx([hit["score"] for hit in plain], abs=1e-6)
+    paint(photos / "new.png", "red", "green")
+    run("index", photos, "--to", tmp_path / "a.lance")
+    assert "new.png" in run("search", tmp_path / "a.lance", "red green", "--matryoshka", "3", "--top", "2")[1]
+    status, _, err = run("search", tmp_path / "a.lance", "red", "--matryoshka", "4")
+    assert status == 2 and "--matryoshka 4 is more than the 3 dimensions of eye" in err
 
 
 def rows(vectors: np.ndarray, start: int = 0) -> list[Row]:

@@ -1,0 +1,76 @@
+"""Search by the first dimensions of Matryoshka vectors (Kusupati et al., 2022), and re-ranking with all of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from mm.errors import InputError
+
+if TYPE_CHECKING:
+    from .table import Index, Match
+
+PREFIX = "vector_"  # + dimensions: the columns beside `vector`
+CANDIDATES = 10  # re-ranked per result that is wanted
+LEAST = 200  # re-ranked at least
+ROWS = 10_000  # filled in per commit
+
+
+def kept(schema: Any) -> list[int]:
+    """The numbers of leading dimensions that a table keeps a column of."""
+    return [int(name.removeprefix(PREFIX)) for name in schema.names if name.startswith(PREFIX)]
+
+
+def arrays(vectors: np.ndarray, dims: int) -> Any:
+    """vectors (n, E) -> an arrow column of their first dimensions; cosines need no unit length."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors[:, :dims].astype(np.float32).ravel()), dims)
+
+
+def add_short(index: Index, dims: int) -> None:
+    """Keep a column of the first `dims` dimensions from now on; what is missing of it is filled in, commit by commit.
+
+    Raises InputError for more dimensions than the vectors have.
+    """
+    import pyarrow as pa
+
+    if dims > index.dim:
+        raise InputError(f"--matryoshka {dims} is more than the {index.dim} dimensions of {index.model}")
+    name = f"{PREFIX}{dims}"
+    if dims not in kept(index.table.schema):
+        index.table.add_columns(pa.field(name, pa.list_(pa.float32(), dims)))
+    filled = False
+    while len(rows := _missing(index, name)):
+        vectors = np.stack(rows["vector"].to_numpy())
+        part = pa.table({"path": rows["path"], name: arrays(vectors, dims)})
+        index.table.merge_insert("path").when_matched_update_all().execute(part)
+        filled = True
+    if filled:
+        index.optimize()
+
+
+def _missing(index: Index, name: str) -> Any:
+    return index.table.search().where(f"{name} IS NULL").select(["path", "vector"]).limit(ROWS).to_arrow()
+
+
+def nearest_short(index: Index, vector: np.ndarray, top: int, dims: int) -> list[Match]:
+    """As `Index.nearest`, of the rows that are nearest by the first `dims` dimensions alone; scores are exact cosines.
+
+    Raises InputError as it does, and for more dimensions than the vectors have.
+    """
+    from .table import Match
+
+    index.check_query(vector)
+    add_short(index, dims)
+    query = index.table.search(vector[:dims], vector_column_name=f"{PREFIX}{dims}").distance_type("cosine")
+    query = query.nprobes(index.probes).limit(max(LEAST, CANDIDATES * top))
+    found = query.select(["path", "caption", "vector"]).to_arrow()
+    if not len(found):
+        return []
+    vectors = np.stack(found["vector"].to_numpy()).astype(np.float64)
+    scores = vectors @ vector / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(vector))
+    best = np.argsort(-scores, kind="stable")[:top]
+    paths, captions = found["path"].to_pylist(), found["caption"].to_pylist()
+    return [Match(path=paths[i], score=float(scores[i]), caption=captions[i]) for i in best]
