@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +13,9 @@ from mm.errors import InputError
 
 from . import spec
 from .flex import Flex
-from .vit import ViT
+
+if TYPE_CHECKING:
+    from .vit import ViT
 
 
 class Backbone(nn.Module):
@@ -30,9 +32,8 @@ class Backbone(nn.Module):
         """Raises InputError for pixels that timm's model cannot serve."""
         if isinstance(pixels, Flex):
             raise InputError(f"{self.spec.name} takes pixels (B, C, h, w) of one size, not pictures of several")
-        channels = getattr(self.trunk, "in_chans", pixels.shape[1] if pixels.ndim == 4 else 3)
-        if pixels.ndim != 4 or pixels.shape[1] != channels:
-            raise InputError(f"pixels should be (B, {channels}, h, w), not of shape {tuple(pixels.shape)}")
+        if pixels.ndim != 4 or pixels.shape[1] != self.spec.channels:
+            raise InputError(f"pixels should be (B, {self.spec.channels}, h, w), not of shape {tuple(pixels.shape)}")
         if not pixels.is_floating_point():
             raise InputError(f"pixels should be floating-point and normalised, not {pixels.dtype}")
         try:
@@ -52,6 +53,8 @@ class Backbone(nn.Module):
 
 
 def build_image_tower(settings: spec.ViTSpec | spec.Backbone) -> ViT | Backbone:
+    from .vit import ViT  # which reads the families, which read this
+
     return Backbone(settings) if isinstance(settings, spec.Backbone) else ViT(settings)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -17,8 +17,12 @@ from mm.schema import require, spec
 from mm.tree import register
 
 from .image import Preprocess, Source, read_image
-from .preprocess_files import FILTERS
+from .preprocess_files import FILTERS, HF_SILENT
 from .spec import Patches
+
+HF_NAMES = ("preprocessor_config.json", "processor_config.json")
+HF_DEFAULTS = {"do_resize": True, "do_rescale": True, "do_normalize": True, "max_num_patches": 256, "resample": 2,
+               "image_mean": (0.5,) * 3, "image_std": (0.5,) * 3, "rescale_factor": 1 / 255}
 
 
 @dataclass(frozen=True)
@@ -110,17 +114,32 @@ class FlexPreprocess:
     @classmethod
     def from_files(cls, folder: str | Path, patch: int) -> Self:
         """What a directory says, or SigLIP 2's own. Raises InputError for a broken file."""
-        path = Path(folder) / "preprocessor_config.json"
-        if not path.is_file():
+        folder = Path(folder)
+        path = next((folder / name for name in HF_NAMES if (folder / name).is_file()), None)
+        if path is None:
             return cls(patch=patch)
         try:
-            given = json.loads(path.read_text("utf-8"))
-            filters = {number: name for name, number in FILTERS.items()}
-            return cls(patch=given.get("patch_size", patch), tokens=given.get("max_num_patches", 256),
-                       interpolation=filters[given.get("resample", 2)], mean=tuple(given.get("image_mean", (0.5,) * 3)),
-                       std=tuple(given.get("image_std", (0.5,) * 3)), rescale=given.get("rescale_factor", 1 / 255))
-        except (ValueError, TypeError, KeyError) as error:
+            content = json.loads(path.read_text("utf-8"))
+            return cls.from_hf(content.get("image_processor", content), patch)
+        except InputError as error:
+            raise InputError(f"{path}: {error}") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise InputError(f"{path}: not a readable preprocessing file ({error})") from None
+
+    @classmethod
+    def from_hf(cls, content: Mapping[str, Any], patch: int) -> Self:
+        """From what transformers' Siglip2ImageProcessor wrote."""
+        given = HF_DEFAULTS | {"patch_size": patch} | {k: v for k, v in content.items() if v is not None}
+        unknown = [k for k, v in given.items() if v and k not in {*HF_DEFAULTS, *HF_SILENT, "patch_size"}]
+        off = [name for name in ("do_resize", "do_rescale", "do_normalize") if not given[name]]
+        kind = given.get("image_processor_type", "Siglip2ImageProcessor")
+        if unknown or off or not kind.startswith("Siglip2"):
+            odd = unknown[0] if unknown else off[0] if off else "image_processor_type"
+            raise InputError(f"{odd} = {given[odd]!r} is not known for pictures at their own aspect")
+        filters = {number: name for name, number in FILTERS.items()}
+        return cls(patch=given["patch_size"], tokens=given["max_num_patches"],
+                   interpolation=filters[given["resample"]], mean=tuple(given["image_mean"]),
+                   std=tuple(given["image_std"]), rescale=given["rescale_factor"])
 
     def to_mm(self) -> dict[str, Any]:
         return asdict(self)

@@ -56,6 +56,11 @@ class FactorTable:
 
     keep_aspect: bool = False
 
+    @property
+    def prefix(self) -> bool:
+        """Prefix tokens have no vectors."""
+        return False
+
 
 @spec
 class IndexGrid:
@@ -233,6 +238,11 @@ class ViTSpec:
         require(ropes == (self.coords is not None), "a ViT has rotary layers exactly when it has coords")
         self.patches.grid(*self.image)
 
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        return self.patches.channels
+
 
 @spec
 class Argument:
@@ -263,6 +273,11 @@ class Backbone:
         require(len(self.image) == 2 and min(self.image) > 0, "Backbone.image must be (height, width)")
         require(self.dim > 0, "Backbone.dim must be positive")
         require_rates(self, "dropout", "patch_dropout")
+
+    @property
+    def channels(self) -> int:
+        """Of a picture."""
+        return next((argument.value for argument in self.arguments if argument.name == "in_chans"), 3)
 
 
 @spec

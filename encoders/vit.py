@@ -144,6 +144,11 @@ class ViT(Pretrained):
             raise InputError(f"pixels should be floating-point and normalised, not {pixels.dtype}")
         patches.grid(*pixels.shape[-2:])
 
+    def check_files(self, where: str) -> None:
+        proj = self.spec.head.proj
+        if self.labels and (proj is None or len(self.labels) != proj.dim):
+            raise InputError(f"{where} names {len(self.labels)} labels for {proj.dim if proj else 0} classes")
+
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
                         device: torch.device | str | None = None, *, allow_pickle: bool = False) -> Self:

@@ -98,7 +98,7 @@ def feature_gap(model: CLIP | ViT, again: CLIP | ViT) -> float:
 
     image = model.spec if model.kind == "vit" else model.spec.image
     draw = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, image.patches.channels, *image.image, generator=draw)
+    pixels = torch.randn(1, image.channels, *image.image, generator=draw)
 
     def outputs(one: CLIP | ViT) -> tuple[Tensor, ...]:
         if one.kind == "vit":

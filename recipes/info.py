@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 PARTS = {  # the longest prefix of a parameter's name counts
     "image": "image embeddings", "image.stack": "image layers", "image.head": "image layers",
+    "image.trunk": "image layers", "image.head.mlp": "projections",
     "text": "text embeddings", "text.stack": "text layers", "text.head": "text layers",
     "audio": "audio tower", "image.head.proj": "projections", "text.head.proj": "projections",
     "logit": "scale and bias"}
@@ -48,7 +49,7 @@ def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
             "parameters": counts | {"total": total}, "bytes": {"float32": 4 * total, "bfloat16": 2 * total},
             "image": image_facts(clip), "text": text_facts(clip), "features": clip.spec.dim,
             "logit_scale": math.exp(clip.logit_scale.item()), "preprocessing": asdict(clip.preprocessing),
-            "flops": count_flops(clip.to("meta"))}
+            "flops": count_flops(clip.to("meta").requires_grad_(False))}
 
 
 def count_parameters(clip: CLIP) -> dict[str, int]:
@@ -66,7 +67,7 @@ def count_flops(clip: CLIP) -> dict[str, int]:
     image, text, found = clip.spec.image, clip.spec.text, {}
     with torch.device("meta"), torch.no_grad():
         for kind, encode, value in (
-                ("image", clip.encode_image, torch.empty(1, image.patches.channels, *image.image)),
+                ("image", clip.encode_image, torch.empty(1, image.channels, *image.image)),
                 ("text", clip.encode_text, torch.zeros(1, text.context, dtype=torch.int64))):
             with FlopCounterMode(display=False) as counter:
                 encode(value)
@@ -75,7 +76,11 @@ def count_flops(clip: CLIP) -> dict[str, int]:
 
 
 def image_facts(clip: CLIP) -> dict[str, Any]:
+    from ..encoders.spec import Backbone
+
     image = clip.spec.image
+    if isinstance(image, Backbone):
+        return {"size": list(image.image), "timm": image.name}
     across, down = image.patches.grid(*image.image)
     return {"size": list(image.image), "patch": list(image.patches.size),
             "tokens": across * down + image.cls + image.registers, **stack_facts(image.stack)}
@@ -119,12 +124,15 @@ def sentences(report: dict[str, Any]) -> dict[str, str]:
     return {
         "memory": ", ".join(f"{size / 1e6:,.1f} MB in {kind}" for kind, size in report["bytes"].items()),
         "work": f"{flops(work['image'])} per picture, {flops(work['text'])} per text (two per multiply-add)",
-        "image tower": f"{side(image['size'])} pixels in patches of {side(image['patch'])}, {image['tokens']} tokens, "
+        "image tower": f"{side(image['size'])} pixels, timm's {image['timm']}" if "timm" in image else
+                       f"{side(image['size'])} pixels in patches of {side(image['patch'])}, {image['tokens']} tokens, "
                        f"{tower(image)}",
         "text tower": f"context {text['context']}, vocabulary {text['vocabulary']:,}, {tower(text)}",
         "features": f"{report['features']}, cosines times {report['logit_scale']:.2f}",
-        "preprocessing": f"{pixels['resize']} to {side(pixels['edge'] or pixels['size'])}, {pixels['interpolation']}, "
-                         f"crop {side(pixels['size'])}, mean {numbers(pixels['mean'])}, std {numbers(pixels['std'])}",
+        "preprocessing": (
+            f"own aspect, at most {pixels['tokens']} patches of {pixels['patch']} pixels, " if "tokens" in pixels else
+            f"{pixels['resize']} to {side(pixels['edge'] or pixels['size'])}, crop {side(pixels['size'])}, ")
+            + f"{pixels['interpolation']}, mean {numbers(pixels['mean'])}, std {numbers(pixels['std'])}",
         "tokenizer": "none in its files" if token is None else f"{token['entries']:,} entries, cleaning "
                      f"{token['clean']}, start {token['start']}, end {token['end']}, padding {token['pad']}"}
 

@@ -13,7 +13,7 @@ from mm.errors import InputError
 from mm.spec import EVERYWHERE, LayerNorm, Mlp
 from mm.tables import SCALAR, Rule, Table, Way, rule
 
-from ..flex import FlexPreprocess
+from ..flex import HF_NAMES, FlexPreprocess
 from ..image import Preprocess
 from ..spec import (
     CLIPSpec,
@@ -61,7 +61,7 @@ def vision_spec(keys: Keys, flex: bool) -> ViTSpec:
     mlp = Mlp(hidden=stack["hidden"], act=stack["act"])
     spec = ViTSpec(
         image=(image, image), patches=Patches(size=(patch, patch), channels=keys.positive("num_channels")), cls=0,
-        positions=NATIVE if flex else SQUARE, stack=encoder(**stack),
+        positions=NATIVE if flex else SQUARE, native=flex, stack=encoder(**stack),
         head=Head(pool=ProbePool(heads=stack["heads"], mlp=mlp, norm=stack["norm"])))
     keys.done(HARMLESS)
     return spec
@@ -162,9 +162,11 @@ def pool_rules(t: str, o: str, width: int) -> list[Rule]:
 
 
 def preprocess(folder: Path, spec: CLIPSpec) -> Preprocess | FlexPreprocess:
-    if spec.image.positions != NATIVE:
+    if spec.image.positions == NATIVE:
+        return FlexPreprocess.from_files(folder, spec.image.patches.size[0])
+    if any((folder / name).is_file() for name in HF_NAMES):
         return pictures(folder, spec)
-    return FlexPreprocess.from_files(folder, spec.image.patches.size[0])
+    return Preprocess(size=spec.image.image, resize="squash", mean=(0.5,) * 3, std=(0.5,) * 3)
 
 
 def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:

@@ -149,7 +149,7 @@ def vision_config(spec: ViTSpec) -> dict[str, Any]:
     config |= {name: True for name, value in flags.items() if value}
     if isinstance(pool, MeanPool):
         config["pool_type"] = "avg"
-    if spec.positions and spec.positions.fixed:
+    if isinstance(spec.positions, GridTable) and spec.positions.fixed:
         config["pos_embed_type"] = "sin_cos_2d"
     return config
 

@@ -32,6 +32,7 @@ from .open_clip import (
     trunk_name,
 )
 
+OVERRIDDEN = ("layers", "width", "head_width", "patch_size", "mlp_ratio")  # by the name of timm's model
 KINDS = (timm_vit, timm_eva)
 OURS = ("vision_transformer", "eva")  # timm's modules whose models can be ours
 PROJECTIONS = {"linear": "linear", "mlp": "mlp", "none": "none", "": "own"}
@@ -66,7 +67,7 @@ def trunk_settings(keys: Keys, embed: int) -> Backbone:
         dropout=float(keys.take("timm_drop", (int, float), 0.0)),
         drop_path=None if drop_path is None else float(drop_path),
         patch_dropout=float(keys.take("patch_dropout", (int, float), 0.0)))
-    keys.done((*VISION_HARMLESS, "timm_model_pretrained"))
+    keys.done((*VISION_HARMLESS, *OVERRIDDEN, "timm_model_pretrained"))
     return settings
 
 

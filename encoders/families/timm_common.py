@@ -95,5 +95,8 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 
 def labels(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """A model without a classifier may still tell what the one that was taken off it knew."""
+    if config.get("num_classes") == 0:
+        return ()
     names = config.get("label_names") or (config.get("pretrained_cfg") or {}).get("label_names") or ()
     return tuple(str(name) for name in names)

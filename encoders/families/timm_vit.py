@@ -41,9 +41,13 @@ MEAN_OF_BOTH = Way(lambda xs: [(xs[0] + xs[1]) / 2], lambda xs: [xs[0], xs[0].cl
 # ------------------------------------------------------------------------------------- module to spec
 def to_spec(model: nn.Module, where: str) -> ViTSpec:
     """Raises InputError that names what timm's VisionTransformer can do and this package cannot."""
+    from timm.layers import PatchEmbed
+
     patches, table = model.patch_embed, model.pos_embed
-    if not isinstance(getattr(patches, "proj", None), nn.Conv2d) or not isinstance(patches.norm, nn.Identity):
-        raise InputError(f"{where}: the patch embedding {type(patches).__name__} is not supported")
+    if type(patches) is not PatchEmbed or not isinstance(patches.norm, nn.Identity):
+        raise InputError(f"{where}: the patch embedding {type(patches).__name__} is not supported, or has a norm")
+    if patches.dynamic_img_pad:
+        raise InputError(f"{where}: dynamic_img_pad is not supported")
     prefix = table is not None and not model.no_embed_class
     return ViTSpec(
         image=tuple(patches.img_size), cls=model.num_prefix_tokens - model.num_reg_tokens,

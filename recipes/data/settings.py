@@ -22,7 +22,8 @@ class Words:
 class Data:
     """Pairs to train on, and how they are read.
 
-    path: a table, folder, .tar shards or emojicross. val: the same kinds of source to evaluate on, or none.
+    path: a table (with two or three of picture, caption and sound), folder, .tar shards or emojicross.
+    val: the same kinds of source to evaluate on, or none.
     batch_size: rows of all processes together.
     per_group: a pass has this many random items of each group, side by side in a batch (none: it has every item).
     workers: processes that read pictures.

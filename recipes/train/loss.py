@@ -1,8 +1,8 @@
 """Contrastive losses whose B x B logits are never kept, forward or backward: made and used in tiles of rows.
 
 The softmax loss of CLIP (Radford et al., 2021) and the sigmoid loss of SigLIP (Zhai et al., 2023), with several right
-answers for rows of one group. What the right answers add is linear in the features and needs no logits at all; a tile is
-made for the rest only, and made again in the backward pass.
+answers for rows of one group. What the right answers add is linear in the features and needs no logits at all; a tile
+is made for the rest only, and made again in the backward pass.
 """
 
 from __future__ import annotations

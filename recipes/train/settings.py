@@ -132,8 +132,8 @@ class Lock:
 class Lora:
     """Low-rank changes, merged into the exported model, are all that trains of these towers.
 
-    towers: some of image, text and audio. rank: of the changes. alpha: they are multiplied by alpha / rank. layers: ends
-    of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
+    towers: some of image, text and audio. rank: of the changes. alpha: they are multiplied by alpha / rank.
+    layers: ends of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
     """
 
     towers: tuple[str, ...] = ("image", "text")

@@ -188,7 +188,7 @@ def test_a_config_that_contradicts_its_weights(open_clip_model, changes, message
 
 @pytest.mark.parametrize(("changes", "message"), [
     ({"vision__qk_norm": True}, "vision_cfg asks for something that is not supported: qk_norm=True"),
-    ({"vision__timm_model_name": "vit_base"}, "not supported: timm_model_name='vit_base'"),
+    ({"vision__timm_model_name": "vit_base"}, "timm cannot make 'vit_base'"),
     ({"text__hf_model_name": "roberta-base"}, "text_cfg asks for .*hf_model_name='roberta-base'"),
     ({"text__embed_cls": True}, "text_cfg asks for .*embed_cls=True"),
     ({"multimodal_cfg": {"width": 8}}, "model_cfg asks for .*multimodal_cfg"),

@@ -155,3 +155,21 @@ def test_configs_that_do_not_fit(part, changes, sentence, theirs, tmp_path):
     (tmp_path / "config.json").write_text(json.dumps(config))
     with pytest.raises(InputError, match=sentence):
         CLIP.from_pretrained(tmp_path)
+
+
+def test_preprocessing_of_either_kind_as_its_processor_says(theirs, tmp_path):
+    """transformers 5 nests an image processor in processor_config.json; without any file SigLIP's own rule holds."""
+    flex = transformers.Siglip2ImageProcessor(patch_size=8, max_num_patches=20, image_mean=[0.4, 0.5, 0.6]).to_dict()
+    (tmp_path / "processor_config.json").write_text(json.dumps({"image_processor": flex}))
+    found = FlexPreprocess.from_files(tmp_path, 8)
+    assert found == FlexPreprocess(patch=8, tokens=20, mean=(0.4, 0.5, 0.6))
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(found.to_hf()))
+    assert transformers.Siglip2ImageProcessor.from_pretrained(tmp_path).max_num_patches == 20
+    assert FlexPreprocess.from_files(tmp_path, 8) == found
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(flex | {"do_normalize": False}))
+    with pytest.raises(InputError, match="preprocessor_config.json: do_normalize = False is not known"):
+        FlexPreprocess.from_files(tmp_path, 8)
+    picture = Image.fromarray(np.random.default_rng(0).integers(0, 255, (50, 71, 3), dtype=np.uint8))
+    plain = transformers.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil(
+        size={"height": 32, "width": 32})(picture, return_tensors="pt").pixel_values[0]
+    close(theirs("siglip")[2].preprocess(picture), plain)

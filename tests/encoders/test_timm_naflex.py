@@ -210,6 +210,27 @@ def test_what_the_layout_cannot_hold_is_named(theirs, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_the_tower_of_a_siglip2_from_transformers_opens_in_timm(tmp_path):
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "num_attention_heads": 4}
+    config = transformers.Siglip2Config(text_config={**sizes, "vocab_size": 512, "max_position_embeddings": 16},
+                                        vision_config={**sizes, "patch_size": 8, "num_patches": 16})
+    reference = redraw(transformers.Siglip2Model(config))
+    reference.save_pretrained(tmp_path / "theirs")
+    ours = ViT.from_pretrained(tmp_path / "theirs")
+    ours.save_pretrained(tmp_path / "timm", layout="timm")
+    batch = flex_batch(pictures(ours.spec), ours.spec.patches, 20)
+    with torch.no_grad():
+        expected = reference.get_image_features(batch.patches, pixel_attention_mask=batch.real.long(),
+                                                spatial_shapes=torch.tensor(batch.sizes))
+        expected = getattr(expected, "pooler_output", expected)
+        close(ours.encode(batch), expected)
+        close(reopened(tmp_path / "timm")(as_timm(batch)), expected)
+    again = ViT.from_pretrained(tmp_path / "timm")
+    assert again.preprocessing == ours.preprocessing and again.spec.native
+
+
 def test_our_own_layout_keeps_it_all(theirs, tmp_path):
     ours = theirs("factorized")[2]
     ours.save_pretrained(tmp_path)

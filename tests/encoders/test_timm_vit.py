@@ -8,6 +8,9 @@ import torch
 from support import close, redraw
 
 from mm.encoders import ViT
+from mm.encoders.families.timm_common import blueprint
+from mm.encoders.families.timm_naflex import TIMM_NAFLEX
+from mm.encoders.families.timm_vit import TIMM_VIT
 from mm.encoders.spec import GridTable, MeanPool, PrefixPool
 from mm.errors import InputError
 
@@ -18,11 +21,16 @@ KINDS = {
     "augreg": ("vit_base_patch16_224", {"num_classes": 7}),
     "augreg features": ("vit_base_patch16_224", {"num_classes": 0}),
     "gap": ("vit_base_patch16_224", {"num_classes": 7, "global_pool": "avg"}),
+    "mean and max": ("vit_base_patch16_224", {"num_classes": 7, "global_pool": "avgmax"}),
+    "registers with positions": ("vit_base_patch16_224", {"num_classes": 7, "reg_tokens": 2}),
+    "no final norm": ("vit_base_patch16_224", {"num_classes": 7, "final_norm": False, "init_values": 0.1}),
     "gap with prefix": ("vit_base_patch16_224", {"global_pool": "avg", "pool_include_prefix": True, "num_classes": 7}),
     "clip": ("vit_base_patch16_clip_224", {"num_classes": 7}),
     "clip quickgelu": ("vit_base_patch16_clip_quickgelu_224", {"num_classes": 7}),
     "siglip": ("vit_base_patch16_siglip_224", {}),
     "siglip tanh": ("vit_giantopt_patch16_siglip_256", {"mlp_ratio": 3.7362}),
+    "probe beside a class token": ("vit_base_patch16_224", {"global_pool": "map", "reg_tokens": 2, "num_classes": 0}),
+    "probe of all": ("vit_base_patch16_224", {"global_pool": "map", "pool_include_prefix": True, "num_classes": 5}),
     "siglip gap": ("vit_base_patch16_siglip_gap_224", {}),
     "deit3": ("deit3_base_patch16_224", {"num_classes": 7}),
     "deit": ("deit_base_patch16_224", {"num_classes": 7}),
@@ -76,6 +84,8 @@ def test_both_directions(kind, theirs, tmp_path):
             close(tokens, reference.forward_features(x))
             close(ours.encode(x), reference(x))
             close(again(x), reference(x))
+            if kind != "distilled":  # a classifier for each of its two tokens: they are pooled side by side
+                close(ours.pool(tokens), reference.forward_head(reference.forward_features(x), pre_logits=True))
     assert ViT.from_pretrained(tmp_path).spec == ours.spec
 
 
@@ -110,12 +120,55 @@ def edited(folder, tmp_path, **changes):
 @pytest.mark.parametrize(("changes", "sentence"), [
     ({"num_classes": 9}, r"head.bias should have shape \(9,\)"),
     ({"depth": 3}, "missing"),
-    ({"global_pool": "avgmax"}, "global_pool should be"),
+    ({"img_size": 48}, r"pos_embed should have shape \(1, 37, 64\)"),
+    ({"global_pool": ""}, "global_pool should be"),
+    ({"dynamic_img_pad": True}, "timm cannot make|dynamic_img_pad is not supported"),
+    ({"scale_attn_norm": True}, "scale_attn_norm and attn_dim are not supported"),
+    ({"block_fn": "parallel"}, "timm cannot make"),
     ({"nonsense": 1}, "timm cannot make"),
 ])
 def test_configs_that_do_not_fit(changes, sentence, theirs, tmp_path):
     with pytest.raises(InputError, match=sentence):
         ViT.from_pretrained(edited(theirs("augreg")[1], tmp_path, **changes))
+
+
+@pytest.mark.parametrize(("architecture", "sentence"), [
+    ("vit_tiny_r_s16_p8_224", "the patch embedding HybridEmbed is not supported"),
+    ("vit_small_patch16_18x2_224", "the block ParallelThingsBlock is not supported"),
+    ("vit_base_patch16_xp_224", "the block ParallelScalingBlock is not supported"),
+    ("aimv2_large_patch14_224", "patch embedding PatchEmbed is not supported, or has a norm"),
+])
+def test_what_is_not_supported_is_named(architecture, sentence):
+    config = {"architecture": architecture, "model_args": {"depth": 1}, "pretrained_cfg": {"num_classes": 3}}
+    with pytest.raises(InputError, match=sentence):
+        TIMM_VIT.to_spec(config, "config.json")
+
+
+@pytest.mark.parametrize(("family", "architecture"), [
+    (TIMM_VIT, "vit_base_patch8_224"), (TIMM_VIT, "vit_so400m_patch14_siglip_384"),
+    (TIMM_VIT, "vit_giant_patch14_reg4_dinov2"), (TIMM_VIT, "deit3_medium_patch16_224"),
+    (TIMM_VIT, "deit_small_distilled_patch16_224"), (TIMM_VIT, "vit_gigantic_patch14_clip_224"),
+    (TIMM_NAFLEX, "naflexvit_so400m_patch16_siglip"), (TIMM_NAFLEX, "naflexvit_so150m2_patch16_reg1_gap"),
+    (TIMM_NAFLEX, "naflexvit_giant_patch16_radio_v3")])
+def test_published_sizes(family, architecture):
+    """A config as it lies on the hub, without arguments, and one that we write for it make the same weights."""
+    config = {"architecture": architecture}
+    spec = family.to_spec(config, "config.json")
+    again = family.from_spec(spec)
+    named = [{name: tuple(value.shape) for name, value in blueprint(one, "").state_dict().items()}
+             for one in (config, again)]
+    assert named[0] == named[1] and family.to_spec(again, "") == spec
+
+
+def test_weights_in_a_torch_file_and_without_arguments(tmp_path):
+    """As timm writes them by default: pytorch_model.bin, and only the name of the architecture."""
+    torch.manual_seed(0)
+    reference = redraw(timm.create_model("vit_tiny_patch16_224", pretrained=False, depth=1, num_classes=3))
+    timm.models.save_for_hf(reference, tmp_path, model_args={"depth": 1}, safe_serialization=False)
+    assert not (tmp_path / "model.safetensors").exists()
+    x = torch.randn(1, 3, 224, 224)
+    with torch.no_grad():
+        close(ViT.from_pretrained(tmp_path).encode(x), reference(x))
 
 
 def test_labels_and_preprocessing_come_along(theirs, tmp_path):
@@ -130,6 +183,15 @@ def test_labels_and_preprocessing_come_along(theirs, tmp_path):
     ours.save_pretrained(tmp_path / "again", layout="timm")
     again = ViT.from_pretrained(tmp_path / "again")
     assert again.labels == ours.labels and again.preprocessing == ours.preprocessing
+
+
+def test_labels_that_do_not_match_the_classes(theirs, tmp_path):
+    folder = edited(theirs("augreg")[1], tmp_path)
+    config = json.loads((folder / "config.json").read_text())
+    config["pretrained_cfg"]["label_names"] = ["one", "two"]
+    (folder / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="2 labels for 7 classes"):
+        ViT.from_pretrained(folder)
 
 
 def test_preprocessing_equals_timms(theirs, tmp_path):

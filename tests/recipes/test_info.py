@@ -42,7 +42,7 @@ def saved(tmp_path_factory):
               "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
               "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
     folder = tmp_path_factory.mktemp("info")
-    family, = families.by_layout("clip", "open_clip")
+    family = families.by_layout("clip", "open_clip")[0]
     model = CLIP(family.to_spec({"model_cfg": config}, "test"), tokenizer=clip_tokenizer())
     model.save_pretrained(folder / "model", layout="open_clip")
     model.tokenizer = None

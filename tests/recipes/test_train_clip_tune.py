@@ -269,4 +269,4 @@ def test_help_tells_what_the_docstrings_tell(capsys):
         cli.main(["train", "clip", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert "rows that go through the towers at a time" in said and "true locks the whole tower (LiT)" in said
-    assert "a table, folder, .tar shards or emojicross" in said
+    assert "folder, .tar shards or emojicross" in said
