@@ -97,7 +97,11 @@ class FlexPreprocess:
 
     def batch(self, images: Iterable[Source]) -> Flex:
         """Pictures -> a batch padded to `tokens` patches."""
-        return flex_batch([self(image) for image in images], Patches(size=(self.patch, self.patch)), self.tokens)
+        return self.collate([self(image) for image in images])
+
+    def collate(self, pictures: Sequence[Tensor]) -> Flex:
+        """Pictures that are pixels already -> a batch padded to `tokens` patches."""
+        return flex_batch(pictures, Patches(size=(self.patch, self.patch)), self.tokens)
 
     def size(self, height: int, width: int) -> tuple[int, int]:
         """(h, w) in pixels, found by halving the interval of scales as the reference does."""

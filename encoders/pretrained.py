@@ -16,6 +16,7 @@ from mm.tokenizer import Tokenizer, load_tokenizer
 
 from . import families
 from .families.common import Extras
+from .flex import Flex, FlexPreprocess
 from .image import Preprocess, Source
 
 
@@ -72,6 +73,11 @@ class Pretrained(nn.Module):
         if self.preprocessing is None:
             self.preprocessing = Preprocess(size=self.spec.image)
         return self.preprocessing.batch(image) if isinstance(image, list | tuple) else self.preprocessing(image)
+
+    def collate(self, pictures: Sequence[Tensor]) -> Tensor | Flex:
+        """Pictures (3, h, w), each as `preprocess` makes it -> one batch."""
+        flex = isinstance(self.preprocessing, FlexPreprocess)
+        return self.preprocessing.collate(pictures) if flex else torch.stack(list(pictures))
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of the spec, the preprocessing and every weight: the same after saving and loading."""

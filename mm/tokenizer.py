@@ -22,7 +22,8 @@ from mm.pieces import BOS, EOS, BytePairs, Pieces, SentencePiece, TokenizersFile
 
 CLIP_MERGES = Path(__file__).parent / "data" / "bpe_simple_vocab_16e6.txt.gz"
 CLIP_VOCABULARY = 49408
-SURROUNDED = {"T5": (False, True), "Llama": (True, False), "Gemma": (True, False), "Siglip": (False, True)}  # start, end; sentencepiece classes
+SURROUNDED = {"T5": (False, True), "Llama": (True, False), "Gemma": (True, False),  # start, end; sentencepiece classes
+              "Siglip": (False, True)}
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")  # its threads do not survive the fork of a data loader
 
@@ -199,9 +200,8 @@ def _load(folder: Path) -> Tokenizer | None:
         if not text.get("hf_tokenizer_name"):
             return clip_tokenizer() if text.get("vocab_size", CLIP_VOCABULARY) >= CLIP_VOCABULARY else None
         settings.setdefault("clean", text.get("tokenizer_kwargs", {}).get("clean", "whitespace"))
-    if settings.get("do_lower_case", True):
-        cleaning = {"SiglipTokenizer": "bare", "Siglip2Tokenizer": "lowercase"}.get(settings.get("tokenizer_class"))
-        settings |= {"clean": cleaning} if cleaning and "clean" not in settings else {}
+    if settings.get("do_lower_case", True) and (cleaning := _siglip_cleaning(folder, settings)):
+        settings.setdefault("clean", cleaning)
     pieces = _pieces(folder, settings)
     if pieces is None:
         return None
@@ -212,6 +212,15 @@ def _load(folder: Path) -> Tokenizer | None:
     padding = next(i for i in (settings.get("pad_id"), pad, eos, 0) if i is not None)
     return Tokenizer(pieces=pieces, clean=settings.get("clean", "none"), prefix=prefix, suffix=suffix,
                      bos_id=bos, eos_id=eos, pad_id=padding, settings=settings)
+
+
+def _siglip_cleaning(folder: Path, settings: Mapping[str, Any]) -> str | None:
+    """SigLIP's texts are bare of punctuation, those of SigLIP 2 only lower-cased, also where its files name Gemma's
+    tokenizer, which does not do that."""
+    kind = settings.get("tokenizer_class", "").removesuffix("Fast")
+    if kind == "GemmaTokenizer" and _json(folder / "config.json").get("model_type") in ("siglip", "siglip2"):
+        return "lowercase"
+    return {"SiglipTokenizer": "bare", "Siglip2Tokenizer": "lowercase"}.get(kind)
 
 
 def _pieces(folder: Path, settings: Mapping[str, Any]) -> Pieces | None:

@@ -127,7 +127,7 @@ def trained(args: argparse.Namespace) -> Judge:
 
     def shares(pictures: list[Tensor]) -> np.ndarray:
         with torch.inference_mode():
-            return vit.encode(torch.stack(pictures).to(device)).float().softmax(-1).cpu().numpy()
+            return vit.encode(vit.collate(pictures).to(device)).float().softmax(-1).cpu().numpy()
 
     return Judge(str(args.model), list(vit.labels), vit.preprocess, shares)
 

@@ -44,7 +44,7 @@ class Embedder:
         import torch
 
         with torch.inference_mode():
-            return self._unit(self.clip.encode_image(torch.stack(list(pixels)).to(self.clip.logit_scale.device)))
+            return self._unit(self.clip.encode_image(self.clip.collate(pixels).to(self.clip.logit_scale.device)))
 
     def texts(self, texts: Sequence[str]) -> np.ndarray:
         """Texts -> unit vectors (B, E) float32."""

@@ -5,8 +5,8 @@ import torch
 import torch.nn.functional as F
 from timm.layers import resample_abs_pos_embed
 
-from mm.encoders.patches import GridPositions, Patchify, kept_patches, take
-from mm.encoders.spec import GridTable, Patches
+from mm.encoders.patches import FactorPositions, GridPositions, Patchify, kept_patches, take
+from mm.encoders.spec import FactorTable, GridTable, Patches
 from mm.errors import InputError
 
 
@@ -53,6 +53,26 @@ def test_positions_on_another_grid(mode, antialias, new):
     expected = resample_abs_pos_embed(positions.weight[None], new, (4, 5), 2, mode, antialias)[0]
     torch.testing.assert_close(positions(new), expected)
     assert positions((4, 5)) is positions.weight
+
+
+@pytest.mark.parametrize("align_corners", [True, False])
+def test_positions_that_keep_the_aspect(align_corners):
+    """The table on the square around the grid, cut to its first rows and columns."""
+    settings = GridTable(prefix=False, keep_aspect=True, align_corners=align_corners, antialias=False)
+    positions = GridPositions(6, (4, 4), 2, settings)
+    square = F.interpolate(positions.weight.T.reshape(1, 6, 4, 4), (5, 5), mode="bicubic",
+                                       align_corners=align_corners)
+    torch.testing.assert_close(positions((5, 3)), square[0, :, :, :3].flatten(1).T)
+
+
+@pytest.mark.parametrize(("keep_aspect", "lengths"), [(True, (5, 5)), (False, (5, 3))])
+def test_positions_of_rows_and_columns(keep_aspect, lengths):
+    positions = FactorPositions(6, (4, 2), FactorTable(keep_aspect=keep_aspect))
+    rows, columns = (F.interpolate(table.T[None], length, mode="linear")[0].T
+                     for table, length in zip((positions.rows, positions.columns), lengths, strict=True))
+    expected = torch.stack([rows[i] + columns[j] for i in range(5) for j in range(3)])
+    torch.testing.assert_close(positions((5, 3)), expected)
+    torch.testing.assert_close(positions((4, 2))[3], positions.rows[1] + positions.columns[1])
 
 
 def test_positions_without_prefix_rows():

@@ -10,6 +10,7 @@ from mm.encoders.spec import (
     EosPool,
     FlattenPool,
     MaxPool,
+    MeanMaxPool,
     MeanPool,
     ProbePool,
     Projection,
@@ -28,6 +29,7 @@ REAL = torch.tensor([[True] * 7, [True] * 4 + [False] * 3, [True] * 2 + [False] 
     (TokenPool(), X[:, 0]),
     (TokenPool(index=-1), X[:, 6]),
     (MeanPool(), X[:, 2:].mean(1)),
+    (MeanMaxPool(), (X[:, 2:].mean(1) + X[:, 2:].amax(1)) / 2),
     (MeanPool(prefix=True), X.mean(1)),
     (MaxPool(), X[:, 2:].max(1).values),
     (MaxPool(prefix=True), X.max(1).values),
@@ -69,6 +71,15 @@ def torch_attention(attention, dim, memory_dim, heads):
     theirs.in_proj_bias = nn.Parameter(torch.cat([attention.q.bias, attention.kv.bias]))
     theirs.out_proj = attention.out
     return theirs
+
+
+def test_probe_pool_of_patches_alone():
+    whole = redrawn(build_pool(ProbePool(heads=3, mlp=Mlp(hidden=20)), 12))
+    patches = build_pool(ProbePool(heads=3, mlp=Mlp(hidden=20), prefix=False), 12)
+    patches.load_state_dict(whole.state_dict())
+    for real in (None, REAL):
+        expected = whole(X[:, 1:], real=None if real is None else real[:, 1:])
+        torch.testing.assert_close(patches(X, prefix=1, real=real), expected)
 
 
 def test_probe_pool():

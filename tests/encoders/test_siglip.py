@@ -173,3 +173,20 @@ def test_preprocessing_of_either_kind_as_its_processor_says(theirs, tmp_path):
     plain = transformers.models.siglip.image_processing_pil_siglip.SiglipImageProcessorPil(
         size={"height": 32, "width": 32})(picture, return_tensors="pt").pixel_values[0]
     close(theirs("siglip")[2].preprocess(picture), plain)
+
+
+@pytest.mark.parametrize(("model", "kind", "lowered"), [
+    ("siglip2", "Siglip2Tokenizer", True), ("siglip2", "GemmaTokenizer", True), ("siglip", "GemmaTokenizerFast", True),
+    ("gemma", "GemmaTokenizer", False)])
+def test_words_of_siglip2_are_lower_cased_whatever_class_is_named(model, kind, lowered, tmp_path):
+    """Published directories name Gemma's tokenizer, which keeps the case that SigLIP 2 never saw."""
+    vocabulary = {"<pad>": 0, "<eos>": 1, "<bos>": 2, "<unk>": 3, "<mask>": 4, "a": 5, "A": 6, "!": 7, "\u2581": 8}
+    transformers.Siglip2Tokenizer(vocab=vocabulary, merges=[]).save_pretrained(tmp_path)
+    stored = json.loads((tmp_path / "tokenizer.json").read_text())
+    stored["normalizer"] = {"type": "Replace", "pattern": {"String": " "}, "content": "\u2581"}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored))
+    settings = json.loads((tmp_path / "tokenizer_config.json").read_text()) | {"tokenizer_class": kind}
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(settings))
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model}))
+    ids = load_tokenizer(tmp_path)(["A a!"], 8)[0].tolist()
+    assert ids[:4] == [5 if lowered else 6, 8, 5, 7] and ids[-2:] == [0, 0]
