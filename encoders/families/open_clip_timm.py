@@ -7,6 +7,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 from torch import nn
@@ -121,6 +122,7 @@ def vision_config(settings: Backbone) -> dict[str, Any]:
             "timm_model_pretrained": False}
 
 
+@lru_cache(maxsize=8)
 def named(spec: ViTSpec) -> Backbone:
     """The model of timm that is this tower: open_clip gives timm a name and nothing else. Raises InputError that says
     how the nearest one differs."""

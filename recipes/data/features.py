@@ -40,7 +40,7 @@ def read_pictures(source: Labelled, vit: ViT, skipped: Skipped, size: int = BATC
         count += len(good)
         if good:
             pixels, labels = zip(*good, strict=True)
-            yield torch.stack(pixels), torch.tensor(labels)
+            yield vit.collate(pixels), torch.tensor(labels)
     skipped |= problems
     if not count:
         raise InputError(f"{source.where}: none of {len(source)} pictures can be read, the last because "

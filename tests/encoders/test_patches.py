@@ -72,7 +72,6 @@ def test_positions_of_rows_and_columns(keep_aspect, lengths):
                      for table, length in zip((positions.rows, positions.columns), lengths, strict=True))
     expected = torch.stack([rows[i] + columns[j] for i in range(5) for j in range(3)])
     torch.testing.assert_close(positions((5, 3)), expected)
-    torch.testing.assert_close(positions((4, 2))[3], positions.rows[1] + positions.columns[1])
 
 
 def test_positions_without_prefix_rows():

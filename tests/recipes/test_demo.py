@@ -31,6 +31,8 @@ FOX = Path(PICTURE).stem
 class Colours(nn.Module):
     """Sees a picture as its mean colour and a text as the colours that it names."""
 
+    collate = staticmethod(torch.stack)
+
     def __init__(self) -> None:
         super().__init__()
         self.spec = type("Spec", (), {"dim": 3})

@@ -26,6 +26,8 @@ WORDS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 class Colours(nn.Module):
     """Sees a picture as its mean colour and a text as the sum of the colours that it names."""
 
+    collate = staticmethod(torch.stack)
+
     def __init__(self) -> None:
         super().__init__()
         self.logit_scale = nn.Parameter(torch.zeros(()))

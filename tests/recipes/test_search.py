@@ -33,6 +33,8 @@ COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 class Colours(nn.Module):
     """A text is the sum of the colours that it names; the name of the model is its fingerprint."""
 
+    collate = staticmethod(torch.stack)
+
     def __init__(self, name: str) -> None:
         super().__init__()
         self.name, self.spec = name, type("Spec", (), {"dim": 3})
