@@ -13,6 +13,7 @@ COMMANDS = {
     "train": ("mm.recipes.train.command:train", "train a model: mm train clip --config clip_emoji.yaml"),
     "eval": ("mm.recipes.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
     "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip or mm"),
+    "export": ("mm.recipes.export:export", "write the towers of a model as ONNX or torch.export files"),
     "info": ("mm.recipes.info:info", "what a checkpoint is: parts, parameters, memory, FLOPs, preprocessing"),
     "bench": ("mm.recipes.bench.command:bench", "measure this package against its peers"),
 }
