@@ -88,7 +88,8 @@ def towers(model: CLIP | ViT) -> dict[str, tuple[nn.Module, Callable[[int], Tens
                        lambda batch: torch.randn(batch, image.channels, *image.image))}
     if model.kind == "clip":
         text = model.spec.text
-        found["text"] = (single(model.encode_text, model), lambda batch: torch.randint(text.vocab, (batch, text.context)))
+        found["text"] = (single(model.encode_text, model),
+                         lambda batch: torch.randint(text.vocab, (batch, text.context)))
     return found
 
 
@@ -124,7 +125,7 @@ def write_onnx(module: nn.Module, value: Tensor, path: Path, facts: dict[str, An
 
     made = torch.onnx.export(program(module, value), dynamo=True, opset_version=OPSET, verbose=False,
                              input_names=["input"], output_names=["features"])
-    made.model.metadata_props |= {key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()}
+    made.model.metadata_props.update({key: json.dumps(fact, ensure_ascii=False) for key, fact in facts.items()})
     made.save(path)
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     return lambda x: torch.from_numpy(session.run(None, {session.get_inputs()[0].name: x.numpy()})[0])

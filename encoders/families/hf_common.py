@@ -7,7 +7,7 @@ from typing import Any
 
 from mm.errors import InputError
 from mm.spec import Attention, LayerNorm, Stack
-from mm.tables import Rule, Way, fused, rule
+from mm.tables import Rule, fused, rule
 
 from ..spec import Projection, ViTSpec
 from .common import Extras, Keys
@@ -15,7 +15,6 @@ from .hf_clip import ACTS, HARMLESS
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
-BATCHED = Way(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])
 TO_HF = {"quick_gelu": "quick_gelu", "gelu": "gelu", "gelu_tanh": "gelu_pytorch_tanh", "relu": "relu", "silu": "silu"}
 PRETRAINING_ONLY = "of masked pretraining only"
 HARMLESS = HARMLESS | {"encoder_stride", "out_features", "out_indices", "stage_names", "reshape_hidden_states",

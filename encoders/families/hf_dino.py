@@ -15,7 +15,6 @@ from mm.tables import Rule, Table, Way, fused, rule
 from ..spec import CentredGrid, GridTable, Head, Patches, Projection, TokenMeanPool, TokenPool, ViTSpec
 from .common import Extras, Family, Keys, ensure_kept
 from .hf_common import (
-    BATCHED,
     CONFIG,
     FILES,
     HARMLESS,
@@ -32,11 +31,11 @@ from .hf_common import (
     start,
 )
 from .hf_vit import files
+from .ways import BATCHED, HALVES
 
 V2, REGISTERS, V3 = "dinov2", "dinov2_with_registers", "dinov3_vit"
 TITLES = {V2: "Dinov2", REGISTERS: "Dinov2WithRegisters"}
 MODEL, CLASSIFIER = "model", "classifier"
-HALVES = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
 # The position of the class token is part of it where registers stand between it and the patches.
 FOLDED = Way(lambda xs: [xs[0][0] + xs[1][0, :1], xs[1][0, 1:]],
              lambda xs: [xs[0][None], torch.cat([torch.zeros_like(xs[1][:1]), xs[1]])[None]])

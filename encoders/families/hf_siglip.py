@@ -11,7 +11,7 @@ import torch
 
 from mm.errors import InputError
 from mm.spec import EVERYWHERE, LayerNorm, Mlp
-from mm.tables import SCALAR, Rule, Table, Way, rule
+from mm.tables import Rule, Table, Way, rule
 
 from ..flex import HF_NAMES, FlexPreprocess
 from ..image import Preprocess
@@ -29,6 +29,7 @@ from ..spec import (
 from .common import Extras, Family, Keys, encoder, ensure_kept, pictures
 from .hf_clip import ACTS, HARMLESS, POSITION_IDS, block_rules
 from .hf_common import TO_HF
+from .ways import ONE, flattened
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -141,14 +142,6 @@ def table(spec: CLIPSpec, names: Iterable[str]) -> Table:
     return Table(tuple(rules), {f"{tower}_model.embeddings.position_ids": POSITION_IDS for tower in ("text", "vision")})
 
 
-ONE = Way(SCALAR.load, lambda xs: [xs[0].reshape(1)], loose=True)
-
-
-def flattened(patches: Patches) -> Way:
-    """Patch weights over values in the order row, column, channel, where ours are channel, row, column."""
-    (height, width), channels = patches.size, patches.channels
-    return Way(lambda xs: [xs[0].unflatten(1, (height, width, channels)).permute(0, 3, 1, 2)],
-               lambda xs: [xs[0].permute(0, 2, 3, 1).flatten(1)])
 
 
 def pool_rules(t: str, o: str, width: int) -> list[Rule]:

@@ -6,17 +6,14 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from mm.errors import InputError
 from mm.spec import Layer, Mlp, Stack
-from mm.tables import Rule, Table, Way, rule
+from mm.tables import Rule, Table, rule
 
 from ..audio import Spectrogram
 from ..spec import GridTable, Head, Patches, PrefixPool, Projection, TokenPool, ViTSpec
 from .common import Extras, Family, ensure_kept, pictures
 from .hf_common import (
-    BATCHED,
     CONFIG,
     FILES,
     HARMLESS,
@@ -32,6 +29,7 @@ from .hf_common import (
     one_size,
     start,
 )
+from .ways import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_TOKENS
 
 POOLER, CLASSIFIER, TEACHER, MEAN, MEAN_CLASSIFIER = "pooler", "classifier", "teacher", "mean", "mean classifier"
 KINDS = {  # model type: its architectures, and the prefix of its weights below a head
@@ -41,9 +39,6 @@ KINDS = {  # model type: its architectures, and the prefix of its weights below 
     "audio-spectrogram-transformer": ({"ASTModel": MEAN, "ASTForAudioClassification": MEAN_CLASSIFIER},
                                       "audio_spectrogram_transformer."),
 }
-TWO_TOKENS = Way(lambda xs: [torch.cat([x[0] for x in xs])], lambda xs: [row[None, None] for row in xs[0]])
-HALF_EACH = Way(lambda xs: [torch.cat(list(xs), 1) / 2], lambda xs: [2 * half for half in xs[0].chunk(2, 1)])
-MEAN_OF_BOTH = Way(lambda xs: [(xs[0] + xs[1]) / 2], lambda xs: [xs[0], xs[0].clone()])
 
 
 # ------------------------------------------------------------------------------------- config to spec

@@ -29,9 +29,8 @@ from ..spec import (
     ViTSpec,
 )
 from .timm_common import timm_family
+from .ways import BATCHED, HALVES
 
-HALVES = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
-BATCHED = Way(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])
 PER_LAYER = Way(lambda xs: list(xs[0].unbind(1)), lambda xs: [torch.stack(list(xs), 1)])
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool()}
 

@@ -20,10 +20,10 @@ from ..flex import FlexPreprocess
 from ..spec import CentredGrid, FactorTable, GridTable, Patches, ProbePool, ViTSpec
 from . import timm_common, timm_eva, timm_vit
 from .common import Extras
-from .hf_siglip import flattened
 from .timm_common import timm_family
-from .timm_eva import BATCHED, PER_LAYER, norm_of, pool_rules, ratio, rope_of
+from .timm_eva import PER_LAYER, norm_of, pool_rules, ratio, rope_of
 from .timm_vit import ACTS, head_of
+from .ways import BATCHED, flattened
 
 ARCHITECTURE = "naflexvit_base_patch16_siglip"  # without LayerScale, which no argument switches off
 

@@ -6,12 +6,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import torch
 from torch import nn
 
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, QKNorm, Stack
-from mm.tables import Rule, Table, Way, rule
+from mm.tables import Rule, Table, rule
 
 from ..spec import (
     GridTable,
@@ -28,14 +27,11 @@ from ..spec import (
     ViTSpec,
 )
 from .timm_common import timm_family
-from .timm_eva import BATCHED, mlp_rules, norm_of, pool_rules, ratio
+from .timm_eva import mlp_rules, norm_of, pool_rules, ratio
+from .ways import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
 
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool(), "avgmax": MeanMaxPool()}
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
-TWO_HEADS = PrefixPool(tokens=2, join="concat")  # a class token and a distillation token, each with its classifier
-TWO_TOKENS = Way(lambda xs: [torch.cat([x[0] for x in xs])], lambda xs: [row[None, None] for row in xs[0]])
-HALF_EACH = Way(lambda xs: [torch.cat(list(xs), 1) / 2], lambda xs: [2 * half for half in xs[0].chunk(2, 1)])
-MEAN_OF_BOTH = Way(lambda xs: [(xs[0] + xs[1]) / 2], lambda xs: [xs[0], xs[0].clone()])
 
 
 # ------------------------------------------------------------------------------------- module to spec
