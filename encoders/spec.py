@@ -34,6 +34,14 @@ class Patches:
             raise InputError(f"a picture of {height} x {width} pixels has no whole patch of {ph} x {pw}")
         return (height - ph) // sh + 1, (width - pw) // sw + 1
 
+    def check(self, height: int, width: int) -> None:
+        """Raises InputError unless patches that lie side by side fill the picture."""
+        self.grid(height, width)
+        (ph, pw), overlapping = self.size, self.stride not in (None, self.size)
+        if not overlapping and (height % ph or width % pw):
+            raise InputError(f"a picture of {height} x {width} pixels is not a whole number of {ph} x {pw} patches: "
+                             f"resize it to {height - height % ph} x {width - width % pw}, for example")
+
 
 @spec
 class GridTable:

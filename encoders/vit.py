@@ -142,7 +142,8 @@ class ViT(Pretrained):
             raise InputError(f"pixels should be (B, {patches.channels}, h, w), not of shape {tuple(pixels.shape)}")
         if not pixels.is_floating_point():
             raise InputError(f"pixels should be floating-point and normalised, not {pixels.dtype}")
-        patches.grid(*pixels.shape[-2:])
+        if tuple(pixels.shape[-2:]) != tuple(self.spec.image):  # SigLIP so400m was trained at 384 with patches of 14
+            patches.check(*pixels.shape[-2:])
 
     def check_files(self, where: str) -> None:
         proj = self.spec.head.proj

@@ -80,7 +80,7 @@ def test_open_clip_there_and_back(open_clip_model, ids, tmp_path, name, custom):
     assert CLIP.from_pretrained(tmp_path / "back").spec == model.spec
 
 
-@pytest.mark.parametrize("size", [(40, 24), (64, 64), (16, 16), (45, 30)])
+@pytest.mark.parametrize("size", [(40, 24), (64, 64), (16, 16), (48, 16)])
 def test_open_clip_at_another_resolution(open_clip_model, size):
     """open_clip interpolates at load; an incomplete last patch is left out."""
     folder, _ = open_clip_model()
