@@ -10,6 +10,7 @@ COMMANDS = {
     "index": ("mm.recipes.search.index:index", "write or refresh the search index of a folder of pictures"),
     "search": ("mm.recipes.search.query:search", "find the pictures of an index that match a text or a picture"),
     "classify": ("mm.recipes.search.classify:classify", "sort a folder of pictures by labels, zero-shot or as trained"),
+    "features": ("mm.recipes.features:features", "vectors and feature maps of a folder of pictures, as a table"),
     "train": ("mm.recipes.train.command:train", "train a model: mm train clip --config clip_emoji.yaml"),
     "eval": ("mm.recipes.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
     "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip or mm"),
