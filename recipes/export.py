@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 OPSET = 20
 TRACED, CHECKED = 2, 3  # batch sizes
 NEEDED = ("onnx", "onnxscript", "onnxruntime")
-LIMITS = {"onnx": 1e-4, "pt2": 1e-5}  # largest difference that is let through, of features up to 1 and relative to larger ones
+LIMITS = {"onnx": 1e-4, "pt2": 1e-5}  # largest difference let through; relative to features above 1
 
 
 def export(argv: list[str]) -> int:
