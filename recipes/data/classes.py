@@ -61,13 +61,18 @@ def changes(wanted: Preprocess, settings: ClassAugment) -> Change:
     try:
         made = create_transform(
             wanted.size, is_training=True, scale=(settings.crop, 1.0), hflip=settings.flip, mean=mean, std=std,
-            color_jitter=settings.jitter or None, auto_augment=settings.policy or None, re_prob=settings.erase,
+            color_jitter=settings.jitter or None, auto_augment=bounded(settings.policy) or None, re_prob=settings.erase,
             re_mode="pixel", interpolation=filters.get(wanted.interpolation, "bicubic"))
     except (AssertionError, KeyError, ValueError) as error:
         raise InputError(f"augment.policy {settings.policy!r} is nothing that timm knows ({error})") from None
     if settings.crop == 1:
         made.transforms[0] = wanted.cut
     return made
+
+
+def bounded(policy: str) -> str:
+    """The policy with magnitudes below 10, at which timm asks Pillow to posterize to no bits, which it refuses."""
+    return f"{policy}-mmax9" if policy.startswith("rand") and "mmax" not in policy else policy
 
 
 class ClassBatches(Dataset[ClassBatch]):

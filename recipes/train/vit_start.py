@@ -13,6 +13,7 @@ from mm.spec import LayerNorm, drop_path_ramp
 
 from ...encoders import spec
 from ...encoders.families.common import encoder
+from ...encoders.flex import FlexPreprocess
 from ...encoders.image import Preprocess
 from ...encoders.preprocess_files import IMAGENET_MEAN, IMAGENET_STD
 from ...encoders.vit import ViT
@@ -72,8 +73,12 @@ def starting_model(job: VitJob, vit: ViT | None, classes: Sequence[str], keep: b
 
 
 def sized(vit: ViT, size: int | None) -> Preprocess:
-    """A model's preprocessing, for pictures of another side if one is given."""
+    """A model's preprocessing, for pictures of another side if one is given. One of pictures at their own aspect is
+    trained, and read from then on, at one size."""
     wanted = vit.preprocessing or Preprocess(size=vit.spec.image)
+    if isinstance(wanted, FlexPreprocess):
+        wanted = Preprocess(size=vit.spec.image, resize="squash", interpolation=wanted.interpolation, mean=wanted.mean,
+                            std=wanted.std)
     require(isinstance(wanted, Preprocess), "the model reads no pictures of one size, which a classifier trains on")
     if size is None or wanted.size == (size, size):
         return wanted

@@ -384,3 +384,16 @@ def test_accuracy_of_the_best_and_of_the_five_best():
     found = measures(logits, torch.tensor([0, 1, 2, 3, 4, 0]))
     assert found["top-1"] == pytest.approx(500 / 6) and found["top-5"] == pytest.approx(500 / 6)
     assert measures(torch.eye(2), torch.tensor([0, 1]))["top-5"] == 100
+
+
+def test_the_strongest_augmentation_never_asks_for_pictures_of_no_bits():
+    from PIL import Image
+    from timm.data.auto_augment import rand_augment_transform
+
+    from mm.recipes.data.classes import bounded
+
+    picture = Image.new("RGB", (8, 8))
+    change = rand_augment_transform(bounded("rand-m10-n2-mstd2-inc1"), {})
+    for _ in range(400):
+        change(picture)
+    assert bounded("original-mstd0.5") == "original-mstd0.5" and bounded("rand-m9-mmax8") == "rand-m9-mmax8"
