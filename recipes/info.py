@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from ..encoders.clip import CLIP
+    from ..encoders.spec import Backbone, ViTSpec
+    from ..encoders.vit import ViT
 
 PARTS = {  # the longest prefix of a parameter's name counts
     "image": "image embeddings", "image.stack": "image layers", "image.head": "image layers",
@@ -38,47 +40,61 @@ def info(argv: list[str]) -> int:
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
-    from ..encoders import CLIP, families
+    from ..encoders import families
+    from ..encoders.any import open_model
 
     folder = families.resolve(name)
-    layout = families.recognise(folder, "clip").layout
-    clip = CLIP.from_pretrained(folder, allow_pickle=allow_pickle)
-    counts = count_parameters(clip)
+    model = open_model(folder, allow_pickle=allow_pickle)
+    counts = count_parameters(model)
     total = sum(counts.values())
-    return {"model": str(name), "family": "CLIP", "layout": layout, "dtype": str(clip.logit_scale.dtype).split(".")[1],
-            "parameters": counts | {"total": total}, "bytes": {"float32": 4 * total, "bfloat16": 2 * total},
-            "image": image_facts(clip), "text": text_facts(clip), "features": clip.spec.dim,
-            "logit_scale": math.exp(clip.logit_scale.item()), "preprocessing": asdict(clip.preprocessing),
-            "flops": count_flops(clip.to("meta").requires_grad_(False))}
+    about = {"model": str(name), "family": families.NAMES[model.kind],
+             "layout": families.recognise(folder, model.kind).layout,
+             "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
+             "bytes": {"float32": 4 * total, "bfloat16": 2 * total}, **tower_facts(model)}
+    return about | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
+                    "flops": count_flops(model.to("meta").requires_grad_(False))}
 
 
-def count_parameters(clip: CLIP) -> dict[str, int]:
+def tower_facts(model: CLIP | ViT) -> dict[str, Any]:
+    from ..encoders.spec import out_dim
+
+    if model.kind == "vit":
+        return {"image": image_facts(model.spec), "features": out_dim(model.spec), "classes": len(model.labels)}
+    return {"image": image_facts(model.spec.image), "text": text_facts(model), "features": model.spec.dim,
+            "logit_scale": math.exp(model.logit_scale.item())}
+
+
+def count_parameters(model: CLIP | ViT) -> dict[str, int]:
     counts = dict.fromkeys(dict.fromkeys(PARTS.values()), 0)
-    for name, value in clip.named_parameters():
-        counts[PARTS[max(filter(name.startswith, PARTS), key=len)]] += value.numel()
-    return {part: count for part, count in counts.items() if count or part != PARTS["audio"]}
+    above = "image." if model.kind == "vit" else ""
+    for name, value in model.named_parameters():
+        counts[PARTS[max(filter((above + name).startswith, PARTS), key=len)]] += value.numel()
+    shown = {PARTS["audio"]} if model.kind == "clip" else set(counts)  # left out where there is nothing
+    return {part: count for part, count in counts.items() if count or part not in shown}
 
 
-def count_flops(clip: CLIP) -> dict[str, int]:
+def count_flops(model: CLIP | ViT) -> dict[str, int]:
     """FLOPs of one picture of the model's own size, and of one text that fills the context, of a model on "meta"."""
     import torch
     from torch.utils.flop_counter import FlopCounterMode
 
-    image, text, found = clip.spec.image, clip.spec.text, {}
+    image = model.spec if model.kind == "vit" else model.spec.image
+    encode_image = model.encode if model.kind == "vit" else model.encode_image
+    calls = {"image": (encode_image, (image.channels, *image.image), None)}
+    if model.kind == "clip":
+        calls["text"] = model.encode_text, (model.spec.text.context,), torch.int64
+    found = {}
     with torch.device("meta"), torch.no_grad():
-        for kind, encode, value in (
-                ("image", clip.encode_image, torch.empty(1, image.channels, *image.image)),
-                ("text", clip.encode_text, torch.zeros(1, text.context, dtype=torch.int64))):
+        for kind, (encode, shape, dtype) in calls.items():
             with FlopCounterMode(display=False) as counter:
-                encode(value)
+                encode(torch.zeros(1, *shape, dtype=dtype))
             found[kind] = counter.get_total_flops()
     return found
 
 
-def image_facts(clip: CLIP) -> dict[str, Any]:
+def image_facts(image: ViTSpec | Backbone) -> dict[str, Any]:
     from ..encoders.spec import Backbone
 
-    image = clip.spec.image
     if isinstance(image, Backbone):
         return {"size": list(image.image), "timm": image.name}
     across, down = image.patches.grid(*image.image)
@@ -119,22 +135,38 @@ def show(report: dict[str, Any]) -> None:
 
 
 def sentences(report: dict[str, Any]) -> dict[str, str]:
-    image, text, pixels, work = (report[key] for key in ("image", "text", "preprocessing", "flops"))
-    token = text["tokenizer"]
-    return {
+    image, text, work = report["image"], report.get("text"), report["flops"]
+    told = {
         "memory": ", ".join(f"{size / 1e6:,.1f} MB in {kind}" for kind, size in report["bytes"].items()),
-        "work": f"{flops(work['image'])} per picture, {flops(work['text'])} per text (two per multiply-add)",
+        "work": ", ".join(f"{flops(count)} per {WORK[kind]}" for kind, count in work.items())
+                + " (two per multiply-add)",
         "image tower": f"{side(image['size'])} pixels, timm's {image['timm']}" if "timm" in image else
                        f"{side(image['size'])} pixels in patches of {side(image['patch'])}, {image['tokens']} tokens, "
-                       f"{tower(image)}",
+                       f"{tower(image)}"}
+    if text is None:
+        classes = f", {report['classes']} named classes" if report["classes"] else ""
+        return told | {"features": f"{report['features']}{classes}", "preprocessing": pixels(report["preprocessing"])}
+    token = text["tokenizer"]
+    return told | {
         "text tower": f"context {text['context']}, vocabulary {text['vocabulary']:,}, {tower(text)}",
         "features": f"{report['features']}, cosines times {report['logit_scale']:.2f}",
-        "preprocessing": (
-            f"own aspect, at most {pixels['tokens']} patches of {pixels['patch']} pixels, " if "tokens" in pixels else
-            f"{pixels['resize']} to {side(pixels['edge'] or pixels['size'])}, crop {side(pixels['size'])}, ")
-            + f"{pixels['interpolation']}, mean {numbers(pixels['mean'])}, std {numbers(pixels['std'])}",
+        "preprocessing": pixels(report["preprocessing"]),
         "tokenizer": "none in its files" if token is None else f"{token['entries']:,} entries, cleaning "
                      f"{token['clean']}, start {token['start']}, end {token['end']}, padding {token['pad']}"}
+
+
+WORK = {"image": "picture", "text": "text"}
+
+
+def pixels(given: dict[str, Any] | None) -> str:
+    """The preprocessing of pictures or sounds in words."""
+    if given is None:
+        return "none in its files"
+    if "frames" in given:
+        return f"{given['bins']} mel bins, {given['frames']} frames of sound at {given['rate']} Hz"
+    size = (f"own aspect, at most {given['tokens']} patches of {given['patch']} pixels" if "tokens" in given else
+            f"{given['resize']} to {side(given['edge'] or given['size'])}, crop {side(given['size'])}")
+    return f"{size}, {given['interpolation']}, mean {numbers(given['mean'])}, std {numbers(given['std'])}"
 
 
 def flops(count: int) -> str:

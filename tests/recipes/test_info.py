@@ -7,7 +7,7 @@ import torch
 
 from mm.encoders import CLIP, families
 from mm.recipes.cli import main
-from mm.recipes.info import count_flops, count_parameters, flops
+from mm.recipes.info import count_flops, count_parameters, describe, flops
 from mm.tokenizer import clip_tokenizer
 
 
@@ -80,3 +80,21 @@ def test_what_is_no_checkpoint(tmp_path, capsys):
 def test_units():
     assert [flops(n) for n in (999, 1_500_000, 8_820_000_000, 2 * 10**12)] == [
         "999 FLOP", "1.50 MFLOP", "8.82 GFLOP", "2.00 TFLOP"]
+
+
+@pytest.mark.parametrize("kind", ["classifier", "audio"])
+def test_vision_and_audio_transformers(kind, tmp_path, capsys):
+    transformers = pytest.importorskip("transformers")
+    size = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    if kind == "classifier":
+        config = transformers.ViTConfig(**size, image_size=32, patch_size=8, num_labels=3)
+        model = transformers.ViTForImageClassification(config)
+    else:
+        model = transformers.ASTModel(transformers.ASTConfig(**size, max_length=64, num_mel_bins=32))
+    model.save_pretrained(tmp_path)
+    assert main(["info", str(tmp_path)]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    assert "ViT in the hf layout" in told and "2 layers of width 32" in told
+    assert ("3 named classes" if kind == "classifier" else "32 mel bins, 64 frames") in told
+    report = describe(str(tmp_path))
+    assert report["parameters"]["total"] == sum(p.numel() for p in model.parameters())
