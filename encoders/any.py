@@ -9,7 +9,7 @@ import torch
 
 from mm.errors import InputError
 
-from . import families
+from .families import FAMILIES
 
 if TYPE_CHECKING:
     from .clip import CLIP
@@ -22,13 +22,13 @@ def open_model(name_or_dir: str | Path, dtype: torch.dtype | None = None, device
     from .clip import CLIP
     from .vit import ViT
 
-    folder = families.resolve(name_or_dir)
+    folder = FAMILIES.resolve(name_or_dir)
     kinds = {"clip": CLIP, "vit": ViT}
-    kind = families.kind_of(folder)
+    kind = FAMILIES.kind_of(folder)
     if kind is None:
-        told = " or ".join(families.NAMES.values())
+        told = " or ".join(FAMILIES.names.values())
         try:
-            families.recognise(folder, "clip")
+            FAMILIES.recognise(folder, "clip")
         except InputError as error:
             raise InputError(str(error).replace("no CLIP checkpoint", f"no {told} checkpoint")) from None
     return kinds[kind].from_pretrained(folder, dtype, device, allow_pickle=allow_pickle)

@@ -154,10 +154,10 @@ class ViT(Pretrained):
     def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
                         device: torch.device | str | None = None, *, allow_pickle: bool = False) -> Self:
         """As for every model here; a CLIP checkpoint gives its image tower."""
-        from . import families
         from .clip import CLIP
+        from .families import FAMILIES
 
-        if families.kind_of(families.resolve(name_or_dir)) == "clip":
+        if FAMILIES.kind_of(FAMILIES.resolve(name_or_dir)) == "clip":
             clip = CLIP.from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)
             if not isinstance(clip.image, cls):
                 raise InputError(f"{name_or_dir}: its image tower is timm's {clip.image.spec.name}, not a ViT")

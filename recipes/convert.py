@@ -76,9 +76,7 @@ def check_target(source: str, target: Path, force: bool) -> None:
 def compare(model: CLIP | ViT, again: CLIP | ViT, layout: str) -> str:
     """What was found equal, in words: every tensor bit for bit, and a picture's and a text's features up to rounding.
     Anything lost is an InputError."""
-    from ..encoders.families import to_write
-
-    family, _ = to_write(model.kind, layout, model.spec)
+    family, _ = model.families.to_write(model.kind, layout, model.spec)
     before, after = (family.table(one.spec, ()).save(one.state_dict(), layout) for one in (model, again))
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not same(before[name], after[name]):

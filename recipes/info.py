@@ -40,15 +40,15 @@ def info(argv: list[str]) -> int:
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
-    from ..encoders import families
     from ..encoders.any import open_model
+    from ..encoders.families import FAMILIES
 
-    folder = families.resolve(name)
+    folder = FAMILIES.resolve(name)
     model = open_model(folder, allow_pickle=allow_pickle)
     counts = count_parameters(model)
     total = sum(counts.values())
-    about = {"model": str(name), "family": families.NAMES[model.kind],
-             "layout": families.recognise(folder, model.kind).layout,
+    about = {"model": str(name), "family": FAMILIES.names[model.kind],
+             "layout": FAMILIES.recognise(folder, model.kind).layout,
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
              "bytes": {"float32": 4 * total, "bfloat16": 2 * total}, **tower_facts(model)}
     return about | {"preprocessing": model.preprocessing and asdict(model.preprocessing),

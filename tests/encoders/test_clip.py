@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mm.encoders import CLIP
-from mm.encoders.families import recognise
+from mm.encoders.families import FAMILIES
 from mm.errors import InputError
 from mm.tokenizer import train_bpe
 
@@ -246,11 +246,11 @@ def test_directories_that_hold_no_clip(tmp_path):
 def test_layouts_are_told_apart_by_content(open_clip_model, hf_model, tmp_path):
     both = tmp_path / "both"
     shutil.copytree(open_clip_model()[0], both)
-    assert recognise(both, "clip").layout == "open_clip"
+    assert FAMILIES.recognise(both, "clip").layout == "open_clip"
     shutil.copytree(hf_model()[0], both, dirs_exist_ok=True)
-    assert recognise(both, "clip").layout == "hf"
+    assert FAMILIES.recognise(both, "clip").layout == "hf"
     CLIP.from_pretrained(both).save_pretrained(both)
-    assert recognise(both, "clip").layout == "mm"
+    assert FAMILIES.recognise(both, "clip").layout == "mm"
     CLIP.from_pretrained(both)
 
 

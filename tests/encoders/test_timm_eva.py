@@ -10,7 +10,7 @@ import torch
 from support import close, redraw
 
 from mm.encoders import ViT
-from mm.encoders.families import recognise
+from mm.encoders.families import FAMILIES
 from mm.encoders.families.timm_common import bare
 from mm.encoders.families.timm_eva import TIMM_EVA, ratio
 from mm.encoders.flex import flex_batch
@@ -299,7 +299,7 @@ def test_wrong_weights_are_named(theirs, tmp_path):
 
 def test_a_directory_is_known_by_its_module_and_keeps_its_labels(theirs, tmp_path):
     _, folder, ours = theirs("eva giant")
-    assert recognise(folder, "vit") is TIMM_EVA
+    assert FAMILIES.recognise(folder, "vit") is TIMM_EVA
     ours.labels = tuple("abcdefg")
     ours.save_pretrained(tmp_path, layout="timm")
     ours.labels = ()

@@ -5,7 +5,8 @@ import json
 import pytest
 import torch
 
-from mm.encoders import CLIP, families
+from mm.encoders import CLIP
+from mm.encoders.families import FAMILIES
 from mm.recipes.cli import main
 from mm.recipes.info import count_flops, count_parameters, describe, flops
 from mm.tokenizer import clip_tokenizer
@@ -17,7 +18,7 @@ def made(**vision):
               "vision_cfg": {"layers": 12, "width": 768, "patch_size": 32, "image_size": 224, **vision},
               "text_cfg": {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}}
     with torch.device("meta"):
-        return CLIP(families.by_layout("clip", "open_clip")[0].to_spec({"model_cfg": config}, "test"))
+        return CLIP(FAMILIES.by_layout("clip", "open_clip")[0].to_spec({"model_cfg": config}, "test"))
 
 
 @pytest.mark.parametrize(("patch", "image_gflop"), [(32, 8.82), (16, 35.13)])
@@ -42,7 +43,7 @@ def saved(tmp_path_factory):
               "vision_cfg": {"layers": 1, "width": 32, "head_width": 16, "patch_size": 8, "image_size": 32},
               "text_cfg": {"context_length": 12, "vocab_size": 49408, "width": 32, "heads": 2, "layers": 2}}
     folder = tmp_path_factory.mktemp("info")
-    family = families.by_layout("clip", "open_clip")[0]
+    family = FAMILIES.by_layout("clip", "open_clip")[0]
     model = CLIP(family.to_spec({"model_cfg": config}, "test"), tokenizer=clip_tokenizer())
     model.save_pretrained(folder / "model", layout="open_clip")
     model.tokenizer = None

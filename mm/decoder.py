@@ -1,0 +1,95 @@
+"""The text decoder: a language model that reads from left to right."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from mm import spec
+from mm.embed import Embedding, LMHead
+from mm.errors import InputError
+from mm.families import FAMILIES
+from mm.pretrained import Pretrained
+from mm.state import StackState
+from mm.transformer import Transformer
+from mm.visibility import At, along, packed, padded
+
+
+class TextDecoder(Pretrained):
+    """ids (B, T) -> logits (B, T, V)."""
+
+    kind, families = "decoder", FAMILIES
+
+    def __init__(self, settings: spec.DecoderSpec):
+        super().__init__()
+        self.spec = settings
+        dim = settings.stack.dim
+        self.embed = Embedding(dim, settings.embed)
+        self.stack = Transformer(settings.stack)
+        self.head = LMHead(dim, settings.embed.vocab, settings.head)
+
+    def forward(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
+                documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
+                rows: Tensor | None = None) -> Tensor:
+        """Logits (B, T, V); see `hidden` for the arguments."""
+        return self.logits(self.hidden(ids, embeddings=embeddings, positions=positions, documents=documents, mask=mask,
+                                       state=state, rows=rows))
+
+    def hidden(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
+               documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
+               rows: Tensor | None = None) -> Tensor:
+        """(B, T, D) after the final norm.
+
+        embeddings: (B, T, D) in place of ids (`embed.look_up` makes those of text). positions: (B, T), -1 for padding,
+        or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
+        which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
+        rows: (B,) bool, those that advance. Raises InputError on wrong shapes or dtypes; values are not read.
+        """
+        shape = self.check(ids, embeddings, positions, documents, mask)
+        at = self.where(shape, positions, documents, mask, state, rows)
+        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """(..., D) after the final norm -> (..., V)."""
+        return self.head(hidden, self.embed.tokens.weight)
+
+    def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
+                   device: torch.device | str | None = None) -> StackState:
+        """An empty stream for `batch` rows of up to `length` tokens (default: the context)."""
+        length = self.spec.context if length is None else length
+        return self.stack.init_state(batch, length=length, chunk=chunk, dtype=dtype, device=device)
+
+    def where(self, shape: tuple[int, int], positions: Tensor | None, documents: Tensor | None, mask: Tensor | None,
+              state: StackState | None, rows: Tensor | None) -> At:
+        """Where the tokens of a call are."""
+        device = self.embed.tokens.weight.device
+        coords = positions if positions is not None and positions.ndim == 3 else None
+        flat = None if coords is not None else positions
+        if flat is not None:
+            return At(flat, document=documents)
+        if state is not None:
+            steps = torch.arange(shape[1], device=device).expand(shape) if mask is None else padded(mask).position
+            return At(torch.where(steps < 0, steps, state.offset[:, None] + steps), documents, coords=coords)
+        if documents is not None:
+            at = packed(documents)
+            return At(at.position, documents, coords=coords)
+        if mask is not None:
+            return At(padded(mask).position, coords=coords)
+        return along(*shape, device=device, coords=coords)
+
+    def check(self, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor | None, documents: Tensor | None,
+              mask: Tensor | None) -> tuple[int, int]:
+        if (ids is None) == (embeddings is None):
+            raise InputError("a decoder reads either ids or embeddings")
+        if ids is not None and (ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool):
+            raise InputError(f"ids should be integers (B, T), not {ids.dtype} {tuple(ids.shape)}")
+        dim = self.spec.stack.dim
+        if embeddings is not None and (embeddings.ndim != 3 or embeddings.shape[-1] != dim):
+            raise InputError(f"embeddings should be (B, T, {dim}), not {tuple(embeddings.shape)}")
+        shape = tuple((ids if embeddings is None else embeddings).shape[:2])
+        for name, value in (("positions", positions), ("documents", documents), ("mask", mask)):
+            if value is not None and tuple(value.shape[:2]) != shape:
+                raise InputError(f"{name} {tuple(value.shape)} do not fit tokens {shape}")
+        if mask is not None and documents is not None:
+            raise InputError("packed documents mark padding by document -1, not by a mask")
+        return shape

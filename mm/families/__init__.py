@@ -1,0 +1,27 @@
+"""Checkpoint layouts of language models, by kind."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from mm import checkpoint
+from mm.families.llama import LLAMA_KINDS
+from mm.family import Extras, Families, Family
+from mm.spec import DecoderSpec
+from mm.tables import IDENTITY
+
+
+def own(kind: str, settings: type) -> Family:
+    """This package's own layout."""
+    def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
+        return {checkpoint.CONFIG: config}
+    return Family(
+        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, files=files,
+        recognise=lambda config: config.get("family") == kind, table=lambda spec, names: IDENTITY,
+        to_spec=lambda config, where: checkpoint.unpack(config, settings, where),
+        from_spec=lambda spec: checkpoint.pack(kind, spec))
+
+
+FAMILIES = Families({"decoder": "text decoder"}, {
+    "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS),
+}, ("model*.safetensors", "pytorch_model*.bin"))
