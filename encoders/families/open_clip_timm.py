@@ -13,12 +13,13 @@ from typing import Any
 from torch import nn
 
 from mm.errors import InputError
+from mm.family import difference
 from mm.tables import Rule, Table, rule
 
 from .. import backbone
 from ..spec import Argument, Backbone, CLIPSpec, MaxPool, MeanPool, Pool, ProbePool, Projection, TokenPool, ViTSpec
 from . import timm_eva, timm_vit
-from .common import Family, Keys, difference, ensure_kept, essence
+from .common import Family, Keys, ensure_kept, essence
 from .open_clip import (
     CONFIG,
     FILES,
