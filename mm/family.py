@@ -10,7 +10,7 @@ from typing import Any
 from mm import checkpoint
 from mm.errors import InputError
 from mm.tables import Table
-from mm.tokenizer import Tokenizer
+from mm.tokenizer import Tokenizer, load_tokenizer
 
 TRAINING_ONLY = frozenset({"dropout", "drop_path"})
 
@@ -22,6 +22,16 @@ class Extras:
     preprocess: Any = None
     tokenizer: Tokenizer | None = None
     labels: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A checkpoint that was found and understood, its weights not yet read."""
+
+    spec: Any
+    weights: checkpoint.Weights
+    table: Table
+    extras: Extras
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,8 +59,28 @@ class Families:
     layout's first family that can hold a model writes it. Layouts are told apart by files, never by a name."""
 
     def __init__(self, names: Mapping[str, str], families: Mapping[str, tuple[Family, ...]],
-                 weights: tuple[str, ...]):
+                 weights: tuple[str, ...], files: Mapping[tuple[str, str], Callable[[Path], Opened]] | None = None):
         self.names, self.families, self.weights = names, families, weights
+        self.files = files or {}  # single files that are whole models, by (kind, suffix)
+
+    def open(self, name_or_dir: str | Path, kind: str, allow_pickle: bool = False) -> Opened:
+        """The checkpoint of a directory, a hub name, or one file that is a whole model. Raises InputError."""
+        path = Path(name_or_dir).expanduser()
+        if path.is_file():
+            if (kind, path.suffix) not in self.files:
+                known = [suffix for held, suffix in self.files if held == kind]
+                hint = f", nor a {self.names[kind]} in one file ({', '.join(known)})" if known else ""
+                raise InputError(f"{path} is not a directory with a checkpoint{hint}")
+            return self.files[kind, path.suffix](path)
+        folder = self.resolve(name_or_dir)
+        family = self.recognise(folder, kind)
+        where = folder / family.config
+        config = checkpoint.read_json(where)
+        settings = family.to_spec(config, str(where))
+        weights = checkpoint.open_weights(folder, family.weights, allow_pickle=allow_pickle)
+        extras = Extras(family.preprocess(folder, settings), load_tokenizer(folder) if family.has_text else None,
+                        family.labels(config))
+        return Opened(settings, weights, family.table(settings, weights.shapes), extras)
 
     def resolve(self, name_or_dir: str | Path) -> Path:
         """The directory of a checkpoint, from the hub where it is not on disk. Raises InputError."""

@@ -8,6 +8,8 @@ from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
+from mm.errors import InputError
+
 if TYPE_CHECKING:
     import tokenizers
 
@@ -197,4 +199,46 @@ def byte_level_pipeline(vocabulary: Mapping[str, int], merges: Sequence[tuple[st
     tokenizer = Tokenizer(BPE(vocab=dict(vocabulary), merges=list(merges)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
+    return tokenizer
+
+
+def scored_pipeline(tokens: Sequence[str], scores: Sequence[float], *, space: bool = True) -> tokenizers.Tokenizer:
+    """Sentencepiece's byte pairs (Llama 2): of all neighbours that join to a token, the best scored join first. `space`
+    puts one before the text; bytes outside the vocabulary are tokens such as `<0x0A>`."""
+    from tokenizers import Tokenizer, decoders, normalizers
+    from tokenizers.models import BPE
+
+    rank = {token: (-score, i) for i, (token, score) in enumerate(zip(tokens, scores, strict=True))}
+    splits = [(token[:cut], token[cut:]) for token in tokens for cut in range(1, len(token))]
+    merges = [pair for pair in splits if pair[0] in rank and pair[1] in rank]
+    merges.sort(key=lambda pair: (rank["".join(pair)], rank[pair[0]][1], rank[pair[1]][1]))
+    tokenizer = Tokenizer(BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges, unk_token="<unk>",
+                              fuse_unk=True, byte_fallback=True))
+    first = [normalizers.Prepend("▁")] if space else []
+    tokenizer.normalizer = normalizers.Sequence([*first, normalizers.Replace(" ", "▁")])
+    last = [decoders.Strip(" ", 1, 0)] if space else []
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
+    return tokenizer
+
+
+GPT4_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"
+              r"\s*[\r\n]+|\s+(?!\S)|\s+")
+
+
+def split_pipeline(vocabulary: Mapping[str, int], merges: Sequence[tuple[str, str]], kind: str,
+                   where: str) -> tokenizers.Tokenizer:
+    """Byte-level pairs with the word splitting that a GGUF file names. Raises InputError for another name."""
+    from tokenizers import Regex
+    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence, Split
+
+    words = {"llama-bpe": GPT4_WORDS, "qwen2": GPT4_WORDS.replace("{1,3}", "")}.get(kind)
+    tokenizer = byte_level_pipeline(vocabulary, merges)
+    if words is not None:
+        plain = ByteLevel(add_prefix_space=False, use_regex=False)
+        tokenizer.pre_tokenizer = Sequence([Split(Regex(words), "isolated"), plain])
+    elif kind == "smollm":
+        tokenizer.pre_tokenizer = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
+    elif kind not in ("default", "gpt-2"):
+        raise InputError(f"{where}: the word splitting {kind} is not known, only llama-bpe, qwen2, smollm and gpt-2")
     return tokenizer

@@ -12,7 +12,7 @@ from torch import nn
 from mm import checkpoint
 from mm.family import Extras, Families
 from mm.schema import fingerprint
-from mm.tokenizer import Tokenizer, load_tokenizer
+from mm.tokenizer import Tokenizer
 
 
 class Pretrained(nn.Module):
@@ -29,23 +29,16 @@ class Pretrained(nn.Module):
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
                         device: torch.device | str | None = None, *, allow_pickle: bool = False) -> Self:
-        """A model in evaluation mode from a directory or a hub name, in any layout that is known.
+        """A model in evaluation mode from a directory, a hub name or a file, in any layout that is known.
 
         `dtype` None keeps that of the file. `allow_pickle` reads torch files that hold more than tensors. Raises
         InputError for a config that is not understood and for weights that contradict it.
         """
-        folder = cls.families.resolve(name_or_dir)
-        family = cls.families.recognise(folder, cls.kind)
-        path = folder / family.config
-        config = checkpoint.read_json(path)
-        settings = family.to_spec(config, str(path))
-        weights = checkpoint.open_weights(folder, family.weights, allow_pickle=allow_pickle)
-        table = family.table(settings, weights.shapes)
-        model = checkpoint.load(lambda: cls(settings), weights, table, dtype=dtype, device=device)
-        model.preprocessing = family.preprocess(folder, settings)
-        model.tokenizer = load_tokenizer(folder) if family.has_text else None
-        model.labels = family.labels(config)
-        model.check_files(str(folder))
+        found = cls.families.open(name_or_dir, cls.kind, allow_pickle)
+        model = checkpoint.load(lambda: cls(found.spec), found.weights, found.table, dtype=dtype, device=device)
+        model.preprocessing, model.tokenizer = found.extras.preprocess, found.extras.tokenizer
+        model.labels = found.extras.labels
+        model.check_files(str(name_or_dir))
         return model.to(device).eval()  # also what no file holds
 
     def check_files(self, where: str) -> None:

@@ -5,7 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 from mm import checkpoint
+from mm.families.gguf import read_gguf
 from mm.families.llama import LLAMA_KINDS
+from mm.families.llama2c import read_llama2c
 from mm.family import Extras, Families, Family
 from mm.spec import DecoderSpec
 from mm.tables import IDENTITY
@@ -24,4 +26,4 @@ def own(kind: str, settings: type) -> Family:
 
 FAMILIES = Families({"decoder": "text decoder"}, {
     "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS),
-}, ("model*.safetensors", "pytorch_model*.bin"))
+}, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})

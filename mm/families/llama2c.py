@@ -1,0 +1,106 @@
+"""llama2.c: a header of seven numbers, then every weight in float32; the vocabulary lies in a second file."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from mm.checkpoint import Weights
+from mm.errors import InputError
+from mm.families.gguf import dealt
+from mm.family import Extras, Opened
+from mm.pieces import TokenizersFile, scored_pipeline
+from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, RMSNorm, Rope, Stack
+from mm.tables import Table, rule
+from mm.tokenizer import Tokenizer
+
+HEADER = struct.Struct("<7i")
+
+
+def read_llama2c(path: Path) -> Opened:
+    """The model in a `.bin` file, with `tokenizer.bin` or `tok*.bin` beside it. Raises InputError."""
+    data = path.read_bytes()
+    if len(data) < HEADER.size:
+        raise InputError(f"{path} is too short for a llama2.c model")
+    dim, hidden, depth, heads, kv_heads, vocab, context = HEADER.unpack_from(data)
+    if min(dim, hidden, depth, heads, kv_heads, context) < 1 or not vocab or dim % heads or heads % kv_heads:
+        raise InputError(f"{path} does not begin with the seven numbers of a llama2.c model")
+    spec = spec_of(dim, hidden, depth, heads, kv_heads, abs(vocab), context, tied=vocab > 0)
+    return Opened(spec, weights_of(path, data, spec), table(spec), Extras(tokenizer=tokenizer_beside(path, abs(vocab))))
+
+
+def spec_of(dim: int, hidden: int, depth: int, heads: int, kv_heads: int, vocab: int, context: int,
+            tied: bool) -> DecoderSpec:
+    norm = RMSNorm(eps=1e-5)
+    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=dim // heads, sight=CAUSAL, rope=Rope(), q_bias=False,
+                      k_bias=False, v_bias=False, out_bias=False)
+    mlp = Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
+    layers = (Layer(mixer=mixer, mlp=mlp, norm=norm),) * depth
+    return DecoderSpec(embed=Embed(vocab=vocab), stack=Stack(dim=dim, layers=layers, final_norm=norm), context=context,
+                       head=LMHead(tied=tied))
+
+
+def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> Weights:
+    """Weights by name: every kind is one array over the layers."""
+    layers, dim = spec.stack.layers, spec.stack.dim
+    mixer, mlp, depth = layers[0].mixer, layers[0].mlp, len(layers)
+    kv, width = mixer.kv_heads * mixer.head_dim, mixer.head_dim
+    order = [("embed", (spec.embed.vocab, dim)), ("attn_norm", (depth, dim)), ("q", (depth, dim, dim)),
+             ("k", (depth, kv, dim)), ("v", (depth, kv, dim)), ("o", (depth, dim, dim)), ("ffn_norm", (depth, dim)),
+             ("gate", (depth, mlp.hidden, dim)), ("down", (depth, dim, mlp.hidden)), ("up", (depth, mlp.hidden, dim)),
+             ("norm", (dim,)), ("rope", (2, spec.context, width // 2))]
+    order += [] if spec.head.tied else [("head", (spec.embed.vocab, dim))]
+    floats = torch.frombuffer(bytearray(data[HEADER.size:]), dtype=torch.float32)
+    needed = sum(torch.Size(shape).numel() for _, shape in order)
+    if floats.numel() < needed:
+        raise InputError(f"{path} holds {floats.numel()} numbers after its header, which asks for {needed}")
+    held: dict[str, Tensor] = {}
+    for name, shape in order:
+        size = torch.Size(shape).numel()
+        value, floats = floats[:size].view(shape), floats[size:]
+        one = name in ("embed", "norm", "rope", "head")
+        held |= {name: value} if one else {f"{i}.{name}": value[i] for i in range(depth)}
+    return Weights(str(path), {name: tuple(value.shape) for name, value in held.items()}, held.__getitem__)
+
+
+def table(spec: DecoderSpec) -> Table:
+    ours = "stack.blocks.{n}."
+    names = {"attn_norm": "mixer_norm", "o": "mixer.out", "ffn_norm": "mlp_norm", "gate": "mlp.gate", "up": "mlp.up",
+             "down": "mlp.down"}
+    return Table((
+        rule("embed", "embed.tokens.weight"), rule("norm", "stack.final_norm.weight"), rule("head", "head.weight"),
+        rule(("{n}.q", "{n}.k", "{n}.v"), ours + "mixer.qkv.weight", dealt(spec.stack.layers[0].mixer)),
+        *(rule("{n}." + theirs, f"{ours}{mine}.weight") for theirs, mine in names.items())),
+        {"rope": "rotations are computed from positions"})
+
+
+def tokenizer_beside(path: Path, vocab: int) -> Tokenizer | None:
+    """A llama2.c vocabulary: the longest token's length, then score, length and bytes of each."""
+    for file in (path.with_name("tokenizer.bin"), *sorted(path.parent.glob("tok*.bin"))):
+        if file.is_file() and file != path:
+            tokens, scores = read_vocabulary(file, vocab)
+            if len(tokens) == vocab:
+                made = scored_pipeline(tokens, scores)
+                made.add_special_tokens(tokens[:3])
+                settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
+                            "tokenizer_class": "PreTrainedTokenizerFast"}
+                return Tokenizer(pieces=TokenizersFile(made), prefix=(1,), bos_id=1, eos_id=2, pad_id=0,
+                                 settings=settings)
+    return None
+
+
+def read_vocabulary(file: Path, vocab: int) -> tuple[list[str], list[float]]:
+    data, at = file.read_bytes(), 4
+    tokens, scores = [], []
+    try:
+        while at < len(data) and len(tokens) < vocab:
+            score, length = struct.unpack_from("<fi", data, at)
+            tokens.append(data[at + 8:at + 8 + length].decode())
+            scores.append(score)
+            at += 8 + length
+    except (struct.error, UnicodeDecodeError) as error:
+        raise InputError(f"{file} is not a llama2.c vocabulary ({error})") from None
+    return ["<unk>", "<s>", "</s>", *(token.replace(" ", "▁") for token in tokens[3:])], scores
