@@ -4,7 +4,8 @@ from mm.lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "CLIP": "mm.encoders.clip",
-    "TextEncoder": "mm.encoders.text",
+    "TextTower": "mm.encoders.text",
     "ViT": "mm.encoders.vit",
+    "Whisper": "mm.encoders.whisper",
     "open_model": "mm.encoders.any",
 })

@@ -19,7 +19,7 @@ from .backbone import build_image_tower
 from .flex import Flex
 from .image import Preprocess, Source
 from .pretrained import Pretrained
-from .text import TextEncoder
+from .text import TextTower
 from .vit import ViT
 
 Part = TypeVar("Part")
@@ -37,7 +37,7 @@ class CLIP(Pretrained):
                  tokenizer: Tokenizer | None = None):
         super().__init__()
         self.spec = settings
-        self.image, self.text = build_image_tower(settings.image), TextEncoder(settings.text)
+        self.image, self.text = build_image_tower(settings.image), TextTower(settings.text)
         self.audio = ViT(settings.audio.tower) if settings.audio else None
         self.logit_scale = nn.Parameter(torch.empty(()))
         self.logit_bias = None if settings.logit_bias is None else nn.Parameter(torch.empty(()))

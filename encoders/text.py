@@ -14,7 +14,7 @@ from . import spec
 from .pooling import Head
 
 
-class TextEncoder(nn.Module):
+class TextTower(nn.Module):
     """ids (B, T) -> tokens (B, T, D), after the final norm where the stack has one."""
 
     def __init__(self, settings: spec.TextSpec):

@@ -6,6 +6,8 @@ __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "TextDecoder": "mm.decoder",
+    "TextEncoder": "mm.encoder",
     "Transformer": "mm.transformer",
+    "Sampling": "mm.sampling",
     "InputError": "mm.errors",
 })

@@ -22,13 +22,15 @@ from mm.visibility import At
 @dataclass(frozen=True)
 class Scene:
     """What one attention layer is shown beside its input: where the tokens are, the rotation of this layer's rope, the
-    shared position bias, and, when streaming, this layer's cache with the slots to write."""
+    shared position bias, and, when streaming, this layer's cache with the slots to write and, for a few tokens, what
+    they see there."""
 
     at: At
     turn: Turn | None = None
     bias: Bias | None = None
     cache: KVCache | None = None
     write: Write | None = None
+    seen: Tensor | None = None
 
 
 class Heads(nn.Module):
@@ -57,14 +59,17 @@ class Heads(nn.Module):
 
     def ready(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Flat projections (B, T, H * E) as normalised heads (B, H, T, E)."""
+        return self.split(q, self.q_norm), *self.keys(k, v)
+
+    def keys(self, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return self.split(k, self.k_norm), v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
+
+    def split(self, x: Tensor, norm: nn.Module) -> Tensor:
         s = self.settings
         if s.qk_norm and s.qk_norm.over == "flat":
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = (x.unflatten(-1, (-1, s.head_dim)).transpose(1, 2) for x in (q, k))
-        v = v.unflatten(-1, (-1, self.value_dim)).transpose(1, 2)
-        if s.qk_norm and s.qk_norm.over == "head" and not s.qk_norm.after_rope:
-            q, k = self.q_norm(q), self.k_norm(k)
-        return q, k, v
+            x = norm(x)
+        x = x.unflatten(-1, (-1, s.head_dim)).transpose(1, 2)
+        return norm(x) if s.qk_norm and s.qk_norm.over == "head" and not s.qk_norm.after_rope else x
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene, k_at: At) -> Tensor:
         """Heads -> heads (B, H, T, F)."""
@@ -83,7 +88,8 @@ class Heads(nn.Module):
             k, v, k_at = self.with_extra(k, v, k_at)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
         return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=s.sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
-                      sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0)
+                      sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0,
+                      seen=scene.seen)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
         extra = (self.extra_k, self.extra_v)
@@ -115,7 +121,7 @@ class Attention(Heads):
 
 
 class CrossAttention(Heads):
-    """x: (B, T, D), memory: (B, S, M) -> (B, T, D)."""
+    """x: (B, T, D), memory: (B, S, M) or what `remember` made of it -> (B, T, D)."""
 
     def __init__(self, dim: int, memory_dim: int, settings: spec.Attention):
         super().__init__(dim, settings)
@@ -125,8 +131,14 @@ class CrossAttention(Heads):
         self.inner_norm = build_norm(s.inner_norm, s.heads * s.head_dim)
         self.out = Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
 
-    def forward(self, x: Tensor, at: At, memory: Tensor, memory_at: At) -> Tensor:
-        q, k, v = self.ready(self.q(x), *self.kv(memory))
+    def remember(self, memory: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, S, M) -> keys (B, K, S, E) and values (B, K, S, F)."""
+        k, v = self.keys(*self.kv(memory))
+        return k.contiguous(), v.contiguous()
+
+    def forward(self, x: Tensor, at: At, memory: Tensor | tuple[Tensor, Tensor], memory_at: At) -> Tensor:
+        k, v = memory if isinstance(memory, tuple) else self.keys(*self.kv(memory))
+        q = self.split(self.q(x), self.q_norm)
         heads = self.look(q, k, v, Scene(at), memory_at)
         return self.out(self.inner_norm(self.gated(heads, x)))
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal
+
 import torch
 from torch import Tensor
 
@@ -9,7 +12,10 @@ from mm import spec
 from mm.embed import Embedding, LMHead
 from mm.errors import InputError
 from mm.families import FAMILIES
+from mm.generate import Output, Prompts, generate, stream
 from mm.pretrained import Pretrained
+from mm.sampling import GREEDY, Sampling
+from mm.speculate import Proposer
 from mm.state import StackState
 from mm.transformer import Transformer
 from mm.visibility import At, along, packed, padded
@@ -54,10 +60,10 @@ class TextDecoder(Pretrained):
         return self.head(hidden, self.embed.tokens.weight)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
-                   device: torch.device | str | None = None) -> StackState:
+                   device: torch.device | str | None = None, cache: Literal["full", "int8"] = "full") -> StackState:
         """An empty stream for `batch` rows of up to `length` tokens (default: the context)."""
         length = self.spec.context if length is None else length
-        return self.stack.init_state(batch, length=length, chunk=chunk, dtype=dtype, device=device)
+        return self.stack.init_state(batch, length=length, chunk=chunk, dtype=dtype, device=device, cache=cache)
 
     def where(self, shape: tuple[int, int], positions: Tensor | None, documents: Tensor | None, mask: Tensor | None,
               state: StackState | None, rows: Tensor | None) -> At:
@@ -76,6 +82,16 @@ class TextDecoder(Pretrained):
         if mask is not None:
             return At(padded(mask).position, coords=coords)
         return along(*shape, device=device, coords=coords)
+
+    def generate(self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
+                 chunk: int = 256, speculate: Proposer | None = None,
+                 on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+        """What the model writes after each prompt: see `mm.generate.generate`."""
+        return generate(self, prompts, sampling, slots=slots, chunk=chunk, speculate=speculate, on_text=on_text)
+
+    def stream(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY) -> Iterator[str]:
+        """Pieces of text as they are written."""
+        return stream(self, prompt, sampling)
 
     def check(self, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor | None, documents: Tensor | None,
               mask: Tensor | None) -> tuple[int, int]:

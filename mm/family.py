@@ -39,7 +39,8 @@ class Family:
     """One layout on disk. `config` is its file and `recognise` says whether its content is of this family; `weights`
     are file names, best first; `to_spec(config, where)` and `from_spec(spec)` translate; `table(spec, names)` maps
     weights, where names are those in the file; `files(config, extras)` are the JSON files that go beside the weights,
-    the config last; `preprocess(folder, spec)` and `labels(config)` read what `files` wrote."""
+    the config last; `preprocess(folder, spec)` and `labels(config)` read what `files` wrote, and
+    `complete(folder, opened)` what other files say about the model."""
 
     layout: str
     config: str
@@ -52,6 +53,7 @@ class Family:
     preprocess: Callable[[Path, Any], Any] = lambda folder, spec: None
     labels: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
     has_text: bool = False
+    complete: Callable[[Path, Opened], Opened] = lambda folder, opened: opened
 
 
 class Families:
@@ -80,7 +82,8 @@ class Families:
         weights = checkpoint.open_weights(folder, family.weights, allow_pickle=allow_pickle)
         extras = Extras(family.preprocess(folder, settings), load_tokenizer(folder) if family.has_text else None,
                         family.labels(config))
-        return Opened(settings, weights, family.table(settings, weights.shapes), extras)
+        opened = Opened(settings, weights, family.table(settings, weights.shapes), extras)
+        return family.complete(folder, opened)
 
     def resolve(self, name_or_dir: str | Path) -> Path:
         """The directory of a checkpoint, from the hub where it is not on disk. Raises InputError."""

@@ -140,12 +140,42 @@ register(KVCache)
 
 
 @dataclass
+class Int8Cache:
+    """`KVCache` in 8 bits: k and v int8 with scales (B, K, S + 1, 1) per token and head, half of 1 / 127 of the largest
+    number off at most."""
+
+    k: Tensor
+    v: Tensor
+    k_scale: Tensor
+    v_scale: Tensor
+
+    @classmethod
+    def like(cls, k: Tensor, v: Tensor) -> Self:
+        """Empty, for keys and values of these shapes."""
+        scales = (x.new_zeros(*x.shape[:-1], 1, dtype=torch.float32) for x in (k, v))
+        return cls(torch.zeros_like(k, dtype=torch.int8), torch.zeros_like(v, dtype=torch.int8), *scales)
+
+    def write(self, k: Tensor, v: Tensor, to: Write) -> tuple[Tensor, Tensor, At]:
+        """As `KVCache.write`; what is returned was rounded, new tokens too."""
+        index = to.index[:, None, :, None]
+        for x, held, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
+            scale = x.float().abs().amax(-1, keepdim=True) / 127
+            small = (x.float() / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8)
+            held.scatter_(2, index.expand_as(small), small)
+            scales.scatter_(2, index.expand_as(scale), scale)
+        return (self.k * self.k_scale).to(k.dtype), (self.v * self.v_scale).to(v.dtype), to.k_at
+
+
+register(Int8Cache)
+
+
+@dataclass
 class StackState(State):
     """offset (B,): the position of each row's next token; one `Slots` per distinct cache size, one cache per layer."""
 
     offset: Tensor
     slots: list[Slots]
-    caches: list[KVCache]
+    caches: list[KVCache | Int8Cache]
     fingerprint: str
     chunk: int | None
 
@@ -170,8 +200,8 @@ class StackState(State):
         for slots in self.slots:
             slots.table[..., 0].masked_fill_(rows[:, None], EMPTY)
         for cache in self.caches:  # an empty slot must not hold NaN: even with weight 0 it would spread
-            cache.k.masked_fill_(rows[:, None, None, None], 0)
-            cache.v.masked_fill_(rows[:, None, None, None], 0)
+            for _, held in tensors(cache):
+                held.masked_fill_(rows[:, None, None, None], 0)
 
     def rewind(self, length: Tensor) -> None:
         """Forget the tokens at positions >= length (B,), for example drafts that were not accepted. A layer with a

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from mm.chat import Message, render, template_of
 from mm.errors import InputError
 from mm.pieces import BOS, EOS, BytePairs, Pieces, SentencePiece, TokenizersFile, byte_level_pipeline, clip_pipeline
 
@@ -116,6 +117,12 @@ class Tokenizer:
             whole = (*self.prefix, *ids[:room], *self.suffix)
             row[: len(whole)] = whole
         return out
+
+    def chat(self, messages: Sequence[Message], *, generate: bool = True) -> list[int]:
+        """A conversation ({role, content} each) as ids, by the checkpoint's own template, and with `generate` the
+        beginning of the answer. Raises InputError where there is no template."""
+        names = {name: _name(value) for name, value in self.settings.items() if name.endswith("_token")}
+        return self.encode(render(template_of(self.settings), messages, names, generate=generate))
 
     def too_long(self, texts: str | Sequence[str], context: int) -> int:
         """How many texts `__call__` would cut at this context."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -13,11 +14,13 @@ from mm import schema, spec
 from mm.attention import Scene
 from mm.block import Block
 from mm.errors import InputError
+from mm.kernels.tiled import FEW
+from mm.memory import Memory
 from mm.norm import build_norm
 from mm.positions import build_bias
 from mm.spec import attention
-from mm.state import KVCache, Slots, StackState, check_state
-from mm.visibility import EMPTY, At, along
+from mm.state import Int8Cache, KVCache, Slots, StackState, check_state
+from mm.visibility import EMPTY, At, along, visible
 
 
 class Transformer(nn.Module):
@@ -56,18 +59,28 @@ class Transformer(nn.Module):
         self.checkpointed = frozenset(range(0, len(self.blocks), every)) if every else frozenset()
 
     def forward(self, x: Tensor, at: At | None = None, *, state: StackState | None = None, rows: Tensor | None = None,
-                memory: Tensor | None = None, memory_at: At | None = None) -> Tensor:
+                memory: Tensor | Memory | None = None, memory_at: At | None = None) -> Tensor:
         """at: where the tokens are (default 0..T-1). state: continue a stream, rows (B,) bool says which rows advance.
-        memory: (B, S, M) for cross-attention. Raises InputError on wrong shapes or a foreign state."""
+        memory: (B, S, M) for cross-attention, or what `remember` made of it. Raises InputError on wrong shapes
+        or a foreign state."""
         return self.final_norm(self.run(x, at, state, rows, memory, memory_at)[-1])
+
+    def remember(self, memory: Tensor, memory_at: At | None = None) -> Memory:
+        """(B, S, M) -> its keys and values in every layer, for many calls. Raises InputError on a wrong width."""
+        width = self.stack.memory_dim or self.stack.dim
+        if memory.ndim != 3 or memory.shape[-1] != width:
+            raise InputError(f"memory should be (B, S, {width}), not {tuple(memory.shape)}")
+        at = along(*memory.shape[:2], device=memory.device) if memory_at is None else memory_at
+        layers = tuple(block.cross.remember(memory) if block.cross else None for block in self.blocks)
+        return Memory(layers, at, self.fingerprint)
 
     def features(self, x: Tensor, layers: Sequence[int], at: At | None = None) -> list[Tensor]:
         """The residual stream after each of these blocks (negative counts from the end), before the final norm."""
         outputs = self.run(x, at, None, None, None, None, keep=True)
         return [outputs[i + 1 if i >= 0 else i] for i in layers]
 
-    def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None, memory: Tensor | None,
-            memory_at: At | None, keep: bool = False) -> list[Tensor]:
+    def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None,
+            memory: Tensor | Memory | None, memory_at: At | None, keep: bool = False) -> list[Tensor]:
         """[input and output of every block] when they are kept, otherwise [the last]."""
         self.check(x, at, memory)
         if state is not None:
@@ -77,10 +90,13 @@ class Transformer(nn.Module):
             state.check_length(x.shape[1])
             at = state.advance(at, x.shape[1], rows)
         at = along(*x.shape[:2], device=x.device) if at is None else at
-        if memory is not None and memory_at is None:
+        memories = memory.layers if isinstance(memory, Memory) else (memory,) * len(self.blocks)
+        if isinstance(memory, Memory):
+            memory_at = memory.at
+        elif memory is not None and memory_at is None:
             memory_at = along(*memory.shape[:2], device=x.device)
         outputs = [x]
-        for i, (block, scene) in enumerate(zip(self.blocks, self.scenes(at, state), strict=True)):
+        for i, (block, scene, memory) in enumerate(zip(self.blocks, self.scenes(at, state), memories, strict=True)):
             if i in self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, scene, memory, memory_at, use_reentrant=False)
             else:
@@ -95,11 +111,17 @@ class Transformer(nn.Module):
         if state is None:
             return [Scene(at, turn, self.bias) for turn in turn_of]
         writes = {slots.size: slots.write(at) for slots in state.slots}
-        return [Scene(at, turn, self.bias, cache, writes[cache.k.shape[2] - 1])
-                for turn, cache in zip(turn_of, state.caches, strict=True)]
+        seen: dict[tuple[int, spec.Sight], Tensor] = {}
+        scenes = []
+        for layer, turn, cache in zip(self.stack.layers, turn_of, state.caches, strict=True):
+            size, sight = cache.k.shape[2] - 1, attention(layer).sight
+            if at.position.shape[1] <= FEW and (size, sight) not in seen:
+                seen[size, sight] = visible(at, writes[size].k_at, sight)
+            scenes.append(Scene(at, turn, self.bias, cache, writes[size], seen.get((size, sight))))
+        return scenes
 
-    def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None, memory: Tensor | None,
-                  memory_at: At | None) -> Tensor:
+    def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None,
+                  memory: Tensor | Memory | None, memory_at: At | None) -> Tensor:
         out = []
         for start in range(0, x.shape[1], state.chunk):
             stop = start + state.chunk
@@ -108,9 +130,10 @@ class Transformer(nn.Module):
         return torch.cat(out, 1)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
-                   device: torch.device | str | None = None) -> StackState:
+                   device: torch.device | str | None = None, cache: Literal["full", "int8"] = "full") -> StackState:
         """An empty stream of `batch` rows. A layer with a window keeps `left + chunk` slots, one without `length`;
-        past `length` it forgets its oldest tokens. Inputs longer than `chunk` are split where a window needs it."""
+        past `length` it forgets its oldest tokens. Inputs longer than `chunk` are split where a window needs it.
+        cache: keys and values as they are, or in 8 bits with a scale per token and head."""
         here = next(self.parameters())
         dtype, device = dtype or here.dtype, device or here.device
         sizes = [cache_size(attention(layer).sight, length, chunk) for layer in self.stack.layers]
@@ -120,16 +143,21 @@ class Transformer(nn.Module):
         for block, size in zip(self.blocks, sizes, strict=True):
             heads, *widths = block.mixer.cached
             k, v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
-            caches.append(KVCache(k, v))
+            caches.append(KVCache(k, v) if cache == "full" else Int8Cache.like(k, v))
         ring = any(size != length for size in sizes)
         offset = torch.zeros(batch, dtype=torch.long, device=device)
         return StackState(offset, slots, caches, self.fingerprint, chunk if ring else None)
 
-    def check(self, x: Tensor, at: At | None, memory: Tensor | None) -> None:
+    def check(self, x: Tensor, at: At | None, memory: Tensor | Memory | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.stack.dim or not x.shape[1]:
             raise InputError(f"expected (B, T, {self.stack.dim}) with T of at least 1, got {tuple(x.shape)}")
         if at is not None and tuple(at.position.shape) not in ((1, x.shape[1]), tuple(x.shape[:2])):
             raise InputError(f"positions {tuple(at.position.shape)} do not fit tokens {tuple(x.shape)}")
+        if isinstance(memory, Memory):
+            batch = next((pair[0].shape[0] for pair in memory.layers if pair is not None), len(x))
+            if memory.fingerprint != self.fingerprint or batch != len(x):
+                raise InputError(f"a memory of {batch} rows, made by this or another stack, does not fit {len(x)} rows")
+            return
         width = self.stack.memory_dim or self.stack.dim
         if any(layer.cross for layer in self.stack.layers):
             shape = None if memory is None else tuple(memory.shape)

@@ -1,7 +1,9 @@
-"""Recall at k, the one measure of retrieval and of zero-shot accuracy: several right targets, ties, any size."""
+"""Recall at k, the one measure of retrieval and of zero-shot accuracy: several right targets, ties, any size; and the
+word error rate of transcripts."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Hashable, Iterator, Sequence
 from typing import Any
 
@@ -67,3 +69,29 @@ def _recall(chunks: Iterator[Tensor], query: Tensor, target: Tensor, ks: Sequenc
         hits += ((k - above) / (tied + 1)).clamp(0, 1).sum(dim=0)
         done += len(scores)
     return {f"R@{k}": 100 * hit / len(query) for k, hit in zip(ks, hits.tolist(), strict=True)}
+
+
+def word_error_rate(heard: Sequence[str], said: Sequence[str]) -> float:
+    """Percent of the words in `said` that are wrong, absent or too many in `heard`, over all pairs; case and
+    punctuation do not count. Raises InputError for unequal numbers of texts or when nothing was said."""
+    if len(heard) != len(said):
+        raise InputError(f"word_error_rate got {len(heard)} transcripts of {len(said)} texts")
+    pairs = [(spoken(a), spoken(b)) for a, b in zip(heard, said, strict=True)]
+    if not (total := sum(len(b) for _, b in pairs)):
+        raise InputError("word_error_rate needs texts with words")
+    return 100 * sum(edits(a, b) for a, b in pairs) / total
+
+
+def spoken(text: str) -> list[str]:
+    """Words in lower case, without punctuation."""
+    return re.sub(r"[^\w\s']", " ", text.lower().replace("\u2019", "'")).split()
+
+
+def edits(a: Sequence[str], b: Sequence[str]) -> int:
+    """How many insertions, deletions and replacements make b of a (Levenshtein, 1966)."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        before, row[0] = row[0], i
+        for j, y in enumerate(b, 1):
+            before, row[j] = row[j], min(row[j] + 1, row[j - 1] + 1, before + (x != y))
+    return row[-1]

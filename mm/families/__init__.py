@@ -5,11 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 from mm import checkpoint
+from mm.families.bert import BERT_KINDS
 from mm.families.gguf import read_gguf
 from mm.families.llama import LLAMA_KINDS
 from mm.families.llama2c import read_llama2c
+from mm.families.modernbert import MODERNBERT
 from mm.family import Extras, Families, Family
-from mm.spec import DecoderSpec
+from mm.spec import DecoderSpec, EncoderSpec
 from mm.tables import IDENTITY
 
 
@@ -24,6 +26,7 @@ def own(kind: str, settings: type) -> Family:
         from_spec=lambda spec: checkpoint.pack(kind, spec))
 
 
-FAMILIES = Families({"decoder": "text decoder"}, {
+FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder"}, {
     "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS),
+    "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
 }, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})

@@ -27,14 +27,16 @@ class Problem:
     sinks: Tensor | None = None
     softcap: float = 0.0
     dropout: float = 0.0
+    seen: Tensor | None = None
 
     def visible(self) -> Tensor:
-        """(B, T, S) bool."""
-        return visible(self.q_at, self.k_at, self.sight)
+        """(B, T, S) bool; `seen` where the caller has it already."""
+        return self.seen if self.seen is not None else visible(self.q_at, self.k_at, self.sight)
 
     def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
         """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
-        return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None)
+        return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None,
+                       seen=None if self.seen is None else self.seen[:, slice(*rows), slice(*keys)])
 
     @property
     def aligned(self) -> bool:

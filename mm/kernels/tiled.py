@@ -13,6 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mm.kernels.problem import Problem
 
 ROWS = 256
+FEW = 4  # queries; for so few, SDPA on a CPU is slower than its three products
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
@@ -50,12 +51,14 @@ def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, 
 
 def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile; heads that share keys are grouped, so that keys and values are never copied."""
-    if not problem.softcap and problem.sinks is None:
+    few = q.shape[2] <= FEW and not torch.is_grad_enabled()
+    if not problem.softcap and problem.sinks is None and not few:
         return by_sdpa(q, k, v, problem)
     seen = problem.visible()[:, None, None]
-    grouped = q.unflatten(1, (k.shape[1], -1))
+    groups = (q.shape[1] // k.shape[1], q.shape[2])
+    grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, E): one product per key head
     wide = torch.promote_types(q.dtype, torch.float32)
-    scores = (grouped @ k.unsqueeze(2).transpose(-1, -2)).to(wide) * problem.scale
+    scores = ((grouped @ k.transpose(-1, -2)).to(wide) * problem.scale).unflatten(2, groups)
     if problem.softcap:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.bias is not None:
@@ -66,7 +69,7 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)[..., : k.shape[2]]
     weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
-    return (weights.to(v.dtype) @ v.unsqueeze(2)).flatten(1, 2)
+    return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, groups).flatten(1, 2)
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:

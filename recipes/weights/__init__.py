@@ -7,6 +7,11 @@ from pathlib import Path
 from mm.errors import InputError
 
 
+def stories260k() -> Path:
+    """The directory of a language model of 260 thousand weights that tells children's stories (llama2.c, MIT)."""
+    return Path(__file__).parent / "stories260k"
+
+
 def emoji_clip() -> Path:
     """The directory of the small CLIP trained on emoji by `mm train clip --config clip_emoji.yaml`.
 

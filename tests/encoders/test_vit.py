@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from mm.encoders import TextEncoder, ViT
+from mm.encoders import TextTower, ViT
 from mm.encoders.spec import (
     ArgmaxPool,
     FlattenPool,
@@ -33,7 +33,7 @@ def vit(**changes):
 
 def text(**changes):
     settings = {"vocab": 50, "context": 9, "stack": stack(CAUSAL), "head": Head(pool=ArgmaxPool())}
-    return TextEncoder(TextSpec(**settings | changes)).eval()
+    return TextTower(TextSpec(**settings | changes)).eval()
 
 
 @pytest.mark.parametrize(("changes", "length"), [

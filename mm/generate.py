@@ -1,0 +1,97 @@
+"""Prompts in, texts out: the plain way to use an `Engine`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from mm.engine import Engine, Reason, check_prompt
+from mm.errors import InputError
+from mm.sampling import GREEDY, Sampling
+
+if TYPE_CHECKING:
+    from mm.decoder import TextDecoder
+    from mm.speculate import Proposer
+
+Prompts = str | Sequence[str] | Tensor | Sequence[Sequence[int]]
+
+
+@dataclass(frozen=True)
+class Output:
+    """What was made after a prompt: ids without the end token, their text, and why it ended ("eos", "stop" by a stop
+    string, "length" by max_tokens, "context" full)."""
+
+    ids: list[int]
+    text: str
+    reason: Reason
+
+
+def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *,
+             slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None,
+             on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+    """One `Output` per prompt: a text, texts, ids (B, T), or rows of ids of any lengths.
+
+    sampling: for all, or one per prompt. slots: rows at a time (default: all). on_text(prompt's number, text) is called
+    with every piece of text. Raises InputError for prompts that do not fit the model.
+    """
+    rows = prompt_ids(model, prompts)
+    settings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
+    if len(settings) != len(rows):
+        raise InputError(f"{len(settings)} sampling settings for {len(rows)} prompts")
+    for ids in rows:
+        check_prompt(ids, model.spec.context, model.spec.embed.vocab)
+    length = max(len(ids) + one.max_tokens for ids, one in zip(rows, settings, strict=True))
+    engine = Engine(model, min(slots or len(rows), len(rows)), min(length, model.spec.context), chunk,
+                    speculate=speculate)
+    requests = [engine.submit(ids, one, on_text=None if on_text is None else lambda piece, i=i: on_text(i, piece))
+                for i, (ids, one) in enumerate(zip(rows, settings, strict=True))]
+    training = model.training
+    model.eval()
+    try:
+        engine.run()
+    finally:
+        model.train(training)
+    return [Output(request.out, request.text, request.reason) for request in requests]
+
+
+def stream(model: TextDecoder, prompt: str | Sequence[int] | Tensor, sampling: Sampling = GREEDY, *,
+           chunk: int = 256, speculate: Proposer | None = None) -> Iterator[str]:
+    """The pieces of one text as they are made."""
+    pieces: list[str] = []
+    (ids,) = prompt_ids(model, prompt if isinstance(prompt, str) else [list(prompt)])
+    check_prompt(ids, model.spec.context, model.spec.embed.vocab)
+    engine = Engine(model, 1, min(len(ids) + sampling.max_tokens, model.spec.context), chunk, speculate=speculate)
+    engine.submit(ids, sampling, on_text=pieces.append)
+    while engine.busy:
+        engine.step()
+        yield from pieces
+        pieces.clear()
+
+
+def prompt_ids(model: TextDecoder, prompts: Prompts) -> list[list[int]]:
+    """Prompts as rows of ids; texts get the start token that their tokenizer puts before a text."""
+    if isinstance(prompts, str):
+        prompts = [prompts]
+    if isinstance(prompts, Tensor):
+        if prompts.ndim != 2 or prompts.is_floating_point():
+            raise InputError(f"prompts should be integers (B, T), not {prompts.dtype} {tuple(prompts.shape)}")
+        return prompts.tolist()
+    prompts = list(prompts)
+    if not prompts:
+        raise InputError("there are no prompts")
+    if not all(isinstance(prompt, str) for prompt in prompts):
+        if any(isinstance(prompt, (str, int)) for prompt in prompts):
+            raise InputError("prompts should be a text, texts, ids (B, T), or a list of rows of ids")
+        return [[int(i) for i in row] for row in prompts]
+    tokenizer = model.tokenizer
+    if tokenizer is None:
+        raise InputError("the model has no tokenizer: give it ids in place of text")
+    if tokenizer.vocab_size > model.spec.embed.vocab:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding "
+                         f"{model.spec.embed.vocab}: they do not belong together")
+    if any(not text for text in prompts):
+        raise InputError("the prompt is empty")
+    return [[*tokenizer.prefix, *tokenizer.encode(text)] for text in prompts]
