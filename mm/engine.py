@@ -113,7 +113,7 @@ class Engine:
         if prefix is not None:
             self.state.match(prefix.state.fingerprint)
             if tuple(prompt[:len(prefix.ids)]) != prefix.ids or len(prompt) == len(prefix.ids):
-                raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on after it")
+                raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on after it")  # noqa: E501
         request = Request(prompt, sampling, TextStream(self.model.tokenizer, prompt, sampling.stop), on_text, prefix)
         self.waiting.append(request)
         return request
@@ -320,6 +320,6 @@ def check_prompt(ids: Sequence[int], context: int, vocab: int) -> None:
     if not len(ids):
         raise InputError("the prompt is empty")
     if len(ids) > context:
-        raise InputError(f"the prompt has {len(ids)} tokens, more than the {context} that fit")
+        raise InputError(f"the prompt has {len(ids)} tokens, which do not fit a context of {context}")
     if not 0 <= min(ids) <= max(ids) < vocab:
         raise InputError(f"the prompt's ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")
