@@ -89,7 +89,7 @@ class Heads(nn.Module):
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
         return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=s.sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
                       sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0,
-                      seen=scene.seen)
+                      seen=None if self.extra_k is not None else scene.seen)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
         extra = (self.extra_k, self.extra_v)

@@ -113,7 +113,7 @@ class Engine:
         if prefix is not None:
             self.state.match(prefix.state.fingerprint)
             if tuple(prompt[:len(prefix.ids)]) != prefix.ids or len(prompt) == len(prefix.ids):
-                raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on after it")  # noqa: E501
+                raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on")
         request = Request(prompt, sampling, TextStream(self.model.tokenizer, prompt, sampling.stop), on_text, prefix)
         self.waiting.append(request)
         return request

@@ -16,8 +16,8 @@ MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """One row's settings. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every token in; `stop` are strings  # noqa: E501
-    that end the text (and are left out of it); `eos` False goes on past the model's end token.
+    """One row's settings. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every token in; `stop` are
+    strings that end the text (and are left out of it); `eos` False goes on past the model's end token.
 
     Raises InputError where a setting is out of range or contradicts another.
     """

@@ -111,11 +111,12 @@ class Transformer(nn.Module):
         if state is None:
             return [Scene(at, turn, self.bias) for turn in turn_of]
         writes = {slots.size: slots.write(at) for slots in state.slots}
+        few = not torch.compiler.is_exporting() and at.position.shape[1] <= FEW
         seen: dict[tuple[int, spec.Sight], Tensor] = {}
         scenes = []
         for layer, turn, cache in zip(self.stack.layers, turn_of, state.caches, strict=True):
             size, sight = cache.k.shape[2] - 1, attention(layer).sight
-            if at.position.shape[1] <= FEW and (size, sight) not in seen:
+            if few and (size, sight) not in seen:
                 seen[size, sight] = visible(at, writes[size].k_at, sight)
             scenes.append(Scene(at, turn, self.bias, cache, writes[size], seen.get((size, sight))))
         return scenes

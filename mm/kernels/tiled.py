@@ -51,7 +51,7 @@ def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, 
 
 def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile; heads that share keys are grouped, so that keys and values are never copied."""
-    few = q.shape[2] <= FEW and not torch.is_grad_enabled()
+    few = not torch.compiler.is_exporting() and q.shape[2] <= FEW and not torch.is_grad_enabled()
     if not problem.softcap and problem.sinks is None and not few:
         return by_sdpa(q, k, v, problem)
     seen = problem.visible()[:, None, None]

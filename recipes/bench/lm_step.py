@@ -1,4 +1,4 @@
-"""`mm bench lm`: one training step of a 30M Llama-shaped model on a CPU in float32, against transformers' with AdamW."""  # noqa: E501
+"""`mm bench lm`: a training step of a 30M Llama-shaped model on a CPU in float32, against transformers' with AdamW."""
 
 from __future__ import annotations
 

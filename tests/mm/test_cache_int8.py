@@ -12,7 +12,8 @@ from mm.state import Int8Cache
 from mm.tree import tensors
 
 SPEC = DecoderSpec(embed=Embed(vocab=31), context=64, stack=stack(
-    attention(sight=Sight(left=6, right=0), rope=Rope(), head_dim=32), attention(sight=CAUSAL, rope=Rope(), head_dim=32),  # noqa: E501
+    attention(sight=Sight(left=6, right=0), rope=Rope(), head_dim=32),
+    attention(sight=CAUSAL, rope=Rope(), head_dim=32),
     final_norm=spec.RMSNorm()))
 
 

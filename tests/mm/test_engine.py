@@ -14,7 +14,8 @@ from mm.sampling import Sampling
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
 
 SPEC = DecoderSpec(embed=Embed(vocab=61), context=64, head=spec.LMHead(tied=False), stack=stack(
-    attention(sight=Sight(left=5, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()), final_norm=spec.RMSNorm()))  # noqa: E501
+    attention(sight=Sight(left=5, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()),
+    final_norm=spec.RMSNorm()))
 
 
 def make():

@@ -16,8 +16,8 @@ from mm.sampling import Sampling, choose, controls, gumbel, keep_likely, penalis
 
 
 @settings(max_examples=30, deadline=None)
-@given(st.integers(0, 9), st.sampled_from([0.3, 0.7, 1.5]), st.sampled_from([0, 1, 5]), st.sampled_from([0.4, 0.9, 1.0]),  # noqa: E501
-       st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([1.0, 1.3]))
+@given(st.integers(0, 9), st.sampled_from([0.3, 0.7, 1.5]), st.sampled_from([0, 1, 5]),
+       st.sampled_from([0.4, 0.9, 1.0]), st.sampled_from([0.0, 0.05, 0.3]), st.sampled_from([1.0, 1.3]))
 def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, penalty):
     torch.manual_seed(seed)
     logits, text = torch.randn(1, 50) * 3, torch.randint(50, (1, 8))

@@ -12,7 +12,8 @@ from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
 from mm.speculate import Draft, PromptLookup
 
 SPEC = DecoderSpec(embed=Embed(vocab=31), context=64, stack=stack(
-    attention(sight=Sight(left=4, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()), final_norm=spec.RMSNorm()))  # noqa: E501
+    attention(sight=Sight(left=4, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()),
+    final_norm=spec.RMSNorm()))
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [5], list(range(25)), [30, 29, 30], [8] * 12]
 WAYS = [Sampling(max_tokens=m, temperature=t, seed=s, top_p=p, repetition_penalty=r) for m, t, s, p, r in (
     (20, 0, 0, 1.0, 1.0), (17, 0.7, 1, 0.9, 1.0), (60, 0, 2, 1.0, 1.0), (9, 1.2, 3, 1.0, 1.3), (13, 0, 4, 1.0, 1.5))]
