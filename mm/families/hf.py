@@ -5,11 +5,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
+
 from mm.errors import InputError
 from mm.family import Keys
 from mm.spec import Attention as AttentionSpec
 from mm.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
-from mm.tables import Rule, fused, rule
+from mm.tables import Rule, Way, fused, rule
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -28,6 +30,7 @@ HARMLESS = frozenset("""
     chunk_size_feed_forward cross_attention_hidden_size use_bfloat16 tf_legacy_loss finetuning_task prefix
 """.split())  # noqa: SIM905
 ROTARY_BUFFER = "a buffer that old files carry; rotations are computed from positions"
+GATE_UP = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one of theirs, two of ours
 TIED = "a copy of the token embeddings, to which the head is tied"
 
 
@@ -38,20 +41,25 @@ def act_of(keys: Keys, name: str = "hidden_act", default: Any = ...) -> str:
     return ACTS[act]
 
 
-def rope_of(keys: Keys, context: int, theta: float = 10000.0, width: int | None = None,
-            parameters: Mapping[str, Any] | None = None) -> Rope:
+def rope_of(keys: Keys, context: int, theta: float = 10000.0, *, head_dim: int | None = None,
+            original: int | None = None, parameters: Mapping[str, Any] | None = None) -> Rope:
     """Rotary settings from `rope_parameters` (transformers 5), or `rope_theta` with `rope_scaling` before; `parameters`
-    are those of one kind of layer. `width`: the rotated width where it is not the whole head."""
-    base, old = keys.take("rope_theta", (int, float), theta), keys.take("rope_scaling", dict, None)
+    are those of one kind of layer. head_dim: for a kind that may rotate a part of it; original: the context before
+    scaling, where that stands outside. Raises InputError."""
+    number = (int, float)
+    base, old = keys.take("rope_theta", number, theta), keys.take("rope_scaling", dict, None)
+    share = keys.take("partial_rotary_factor", number, 1.0)
     given = parameters or keys.take("rope_parameters", dict, None) or old or {}
-    told = Keys({"rope_theta": base, **given}, f"{keys.where}: rope_parameters")
-    theta = float(told.take("rope_theta", (int, float)))
+    told = Keys({"rope_theta": base, "partial_rotary_factor": share, "original_max_position_embeddings": original}
+                | {name: value for name, value in given.items() if value is not None}, f"{keys.where}: rope_parameters")
+    theta, share = float(told.take("rope_theta", number)), told.take("partial_rotary_factor", number)
     kind = told.take("rope_type", str, None) or told.take("type", str, "default")
     told.left.pop("type", None)
-    told.left.pop("partial_rotary_factor", None)
+    if share != 1 and head_dim is None:
+        raise InputError(f"{told.where}: a partial_rotary_factor of {share} is not supported for this kind of model")
     scaling = scaling_of(kind, told, context)
     told.done(("attention_factor",))
-    return Rope(theta=theta, scaling=scaling, dim=width)
+    return Rope(theta=theta, scaling=scaling, dim=None if share == 1 else int(head_dim * share))
 
 
 def scaling_of(kind: str, told: Keys, context: int) -> Any:

@@ -1,136 +1,131 @@
-"""transformers' Llama-shaped decoders: Llama, Mistral, Qwen2, Qwen3."""
+"""transformers' Llama-shaped decoders: Llama, Mistral, Qwen2, Qwen3, SmolLM3 and OLMo 2."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from typing import Any
 
-from mm.errors import InputError
-from mm.families.hf import (
-    CONFIG,
-    FILES,
-    HARMLESS,
-    ROTARY_BUFFER,
-    TIED,
-    TO_HF,
-    act_of,
-    qkv_rules,
-    rope_config,
-    rope_of,
+from mm.families.decoder import (
+    FULL,
+    SLIDING,
+    Kind,
+    Size,
+    attention_config,
+    attention_of,
+    attention_rules,
+    family,
+    mlp_config,
+    mlp_of,
+    mlp_rules,
+    norm_of,
+    norm_rules,
+    pre_norm_rules,
+    sight,
+    types_of,
+    windows,
+    with_qk_norm,
 )
-from mm.family import Extras, Family, Keys, ensure_kept
-from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, QKNorm, RMSNorm, Sight, Stack
-from mm.tables import Rule, Table, rule
-
-KINDS = {"llama": "LlamaForCausalLM", "mistral": "MistralForCausalLM", "qwen2": "Qwen2ForCausalLM",
-         "qwen3": "Qwen3ForCausalLM"}
+from mm.family import Keys
+from mm.spec import CAUSAL, Attention, DecoderSpec, Layer, QKNorm, Sight
+from mm.tables import Rule
 
 
-# ------------------------------------------------------------------------------------- config to spec
-def to_spec(config: Mapping[str, Any], where: str) -> DecoderSpec:
-    """Raises InputError that names keys which are absent, wrong, or not understood."""
-    keys, kind = Keys(config, where), config["model_type"]
-    dim, depth = keys.positive("hidden_size"), keys.positive("num_hidden_layers")
-    context = keys.positive("max_position_embeddings", 2048)
-    norm = RMSNorm(eps=float(keys.take("rms_norm_eps", float, 1e-6)))
-    mixer = attention_of(keys, kind, dim, norm, context)
-    bias = keys.take("mlp_bias", bool, False)
-    mlp = Mlp(hidden=keys.positive("intermediate_size"), act=act_of(keys, default="silu"), gated=True, up_bias=bias,
-              down_bias=bias)
-    sights = sights_of(keys, kind, depth)
-    layers = tuple(Layer(mixer=replace(mixer, sight=sight), mlp=mlp, norm=norm) for sight in sights)
-    spec = DecoderSpec(
-        embed=Embed(vocab=keys.positive("vocab_size")), stack=Stack(dim=dim, layers=layers, final_norm=norm),
-        context=context, head=LMHead(tied=keys.take("tie_word_embeddings", bool, False)))
-    keys.done(HARMLESS)
-    return spec
+def plain(keys: Keys, mixer: Attention, sights: Iterable[Sight]) -> list[Layer]:
+    """Llama's layers, one per sight."""
+    layer = Layer(mixer=mixer, mlp=mlp_of(keys), norm=norm_of(keys))
+    return [replace(layer, mixer=replace(mixer, sight=one)) for one in sights]
 
 
-def attention_of(keys: Keys, kind: str, dim: int, norm: RMSNorm, context: int) -> Attention:
-    heads = keys.positive("num_attention_heads")
-    width = keys.positive("head_dim", max(dim // heads, 1))
-    qkv_bias = kind == "qwen2" or keys.take("attention_bias", bool, False)
-    return Attention(
-        heads=heads, kv_heads=keys.positive("num_key_value_heads", heads), head_dim=width, q_bias=qkv_bias,
-        k_bias=qkv_bias, v_bias=qkv_bias, out_bias=qkv_bias and kind != "qwen2", rope=rope_of(keys, context),
-        qk_norm=QKNorm(norm=norm) if kind == "qwen3" else None,
-        dropout=float(keys.take("attention_dropout", (int, float), 0.0)))
+def plain_config(spec: DecoderSpec) -> dict[str, Any]:
+    return attention_config(spec) | mlp_config(spec)
 
 
-def sights_of(keys: Keys, kind: str, depth: int) -> list[Sight]:
-    """The window of each layer: everywhere in Mistral, by `layer_types` or above `max_window_layers` in Qwen."""
-    window, types = keys.take("sliding_window", int, None), keys.take("layer_types", list, None)
-    used, lowest = keys.take("use_sliding_window", bool, kind == "mistral"), keys.take("max_window_layers", int, 0)
-    if not used or window is None:
-        return [CAUSAL] * depth
-    near = Sight(left=window - 1, right=0)
-    if types is None:
-        types = ["sliding_attention" if i >= lowest or kind == "mistral" else "full_attention" for i in range(depth)]
-    return [near if kind == "sliding_attention" else CAUSAL for kind in types]
-
-
-# ------------------------------------------------------------------------------------- spec to config
-def from_spec(kind: str, spec: DecoderSpec) -> dict[str, Any]:
-    """Raises InputError for a model that transformers' class of this `kind` cannot hold."""
+def biases(spec: DecoderSpec) -> dict[str, Any]:
     layer = spec.stack.layers[0]
-    mixer, mlp = layer.mixer, layer.mlp
-    if not isinstance(mixer, Attention) or not isinstance(mlp, Mlp) or mlp.act not in TO_HF or mixer.rope is None:
-        raise InputError(f"the hf layout of {kind} has layers of attention with rope and one MLP")
-    sights = [one.mixer.sight for one in spec.stack.layers]
-    windows = [sight.left + 1 for sight in sights if sight.left is not None]
-    config = {
-        "architectures": [KINDS[kind]], "model_type": kind, "vocab_size": spec.embed.vocab,
-        "hidden_size": spec.stack.dim, "num_hidden_layers": len(spec.stack.layers),
-        "intermediate_size": mlp.hidden, "hidden_act": TO_HF[mlp.act], "num_attention_heads": mixer.heads,
-        "num_key_value_heads": mixer.kv_heads, "head_dim": mixer.head_dim, "rms_norm_eps": layer.norm.eps,
-        "max_position_embeddings": spec.context, "rope_parameters": rope_config(mixer.rope, mixer.head_dim),
-        "tie_word_embeddings": spec.head.tied}
-    if kind == "llama":
-        config |= {"attention_bias": mixer.q_bias, "mlp_bias": mlp.up_bias}
-    if kind == "mistral":
-        config["sliding_window"] = windows[0] if windows else None
-    if kind.startswith("qwen") and windows:
-        config |= {"use_sliding_window": True, "sliding_window": windows[0], "layer_types": [
-            "full_attention" if sight.left is None else "sliding_attention" for sight in sights]}
-    if kind == "qwen3":
-        config["attention_bias"] = mixer.q_bias
-    ensure_kept(spec, to_spec(config, "config"), f"hf ({kind})")
-    return config
+    return {"attention_bias": layer.mixer.q_bias, "mlp_bias": layer.mlp.up_bias}
 
 
-# ------------------------------------------------------------------------------------- weights
-def table(spec: DecoderSpec, names: Iterable[str]) -> Table:
-    theirs, ours = "model.layers.{n}.", "stack.blocks.{n}."
-    rules = [
-        rule("model.embed_tokens.weight", "embed.tokens.weight"), rule("model.norm.weight", "stack.final_norm.weight"),
-        rule("lm_head.weight", "head.weight"),
-        *qkv_rules(theirs + "self_attn.", ours + "mixer.", spec.stack.layers[0].mixer),
-        *block_rules(theirs, ours)]
-    ignored = {"model.layers.{n}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER}
-    return Table(tuple(rules), ignored | ({"lm_head.weight": TIED} if spec.head.tied else {}))
+# ------------------------------------------------------------------------------------- Llama, Mistral
+def llama(keys: Keys, size: Size) -> list[Layer]:
+    return plain(keys, attention_of(keys, size), [CAUSAL] * size.depth)
 
 
-def block_rules(theirs: str, ours: str) -> list[Rule]:
-    return [
-        rule(theirs + "self_attn.o_proj.{x}", ours + "mixer.out.{x}"),
-        *(rule(f"{theirs}self_attn.{name}.weight", f"{ours}mixer.{name}.weight") for name in ("q_norm", "k_norm")),
-        *(rule(f"{theirs}mlp.{part}_proj.{{x}}", f"{ours}mlp.{part}.{{x}}") for part in ("gate", "up", "down")),
-        rule(theirs + "input_layernorm.weight", ours + "mixer_norm.weight"),
-        rule(theirs + "post_attention_layernorm.weight", ours + "mlp_norm.weight")]
+def mistral(keys: Keys, size: Size) -> list[Layer]:
+    """One window for all layers."""
+    window = keys.take("sliding_window", int, None)
+    return plain(keys, attention_of(keys, size), [sight(SLIDING, window)] * size.depth)
 
 
-def family(kind: str) -> Family:
-    return Family(
-        layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, table=table,
-        recognise=lambda config: config.get("model_type") == kind, from_spec=lambda spec: from_spec(kind, spec),
-        files=lambda config, extras: {CONFIG: config | special_ids(extras)})
+# ------------------------------------------------------------------------------------- Qwen
+def qwen_sights(keys: Keys, size: Size) -> list[Sight]:
+    """A window in the layers from `max_window_layers` on, where windows are switched on at all."""
+    lowest, window = keys.take("max_window_layers", int, 0), keys.take("sliding_window", int, None)
+    if not keys.take("use_sliding_window", bool, False):
+        window = None
+    types = types_of(keys, size, [SLIDING if i >= lowest else FULL for i in range(size.depth)])
+    return [sight(kind, window) for kind in types]
 
 
-def special_ids(extras: Extras) -> dict[str, Any]:
-    """Start, end and padding, as transformers' generation reads them."""
-    t = extras.tokenizer
-    return {} if t is None else {"bos_token_id": t.bos_id, "eos_token_id": t.eos_id, "pad_token_id": t.pad_id}
+def qwen2(keys: Keys, size: Size) -> list[Layer]:
+    mixer = attention_of(keys, size, q_bias=True, k_bias=True, v_bias=True, out_bias=False)
+    return plain(keys, mixer, qwen_sights(keys, size))
 
 
+def qwen3(keys: Keys, size: Size) -> list[Layer]:
+    return with_qk_norm(plain(keys, attention_of(keys, size), qwen_sights(keys, size)))
+
+
+def qwen_config(spec: DecoderSpec) -> dict[str, Any]:
+    window, types = windows(spec)
+    told = {"use_sliding_window": True, "sliding_window": window, "layer_types": types} if window else {}
+    return plain_config(spec) | told
+
+
+# ------------------------------------------------------------------------------------- SmolLM3
+def smollm3(keys: Keys, size: Size) -> list[Layer]:
+    """Layers without positions between those with rope; only they may have a window."""
+    every = keys.positive("no_rope_layer_interval", 4)
+    turned = keys.take("no_rope_layers", list, [int((i + 1) % every != 0) for i in range(size.depth)])[:size.depth]
+    window = keys.take("sliding_window", int, None)
+    if not keys.take("use_sliding_window", bool, False):
+        window = None
+    types = types_of(keys, size, [FULL if window is None or has else SLIDING for has in turned])
+    layers = plain(keys, attention_of(keys, size), [sight(kind, window) for kind in types])
+    return [one if has else replace(one, mixer=replace(one.mixer, rope=None))
+            for one, has in zip(layers, turned, strict=True)]
+
+
+def smollm3_config(spec: DecoderSpec) -> dict[str, Any]:
+    return qwen_config(spec) | biases(spec) | {
+        "no_rope_layers": [int(layer.mixer.rope is not None) for layer in spec.stack.layers]}
+
+
+# ------------------------------------------------------------------------------------- OLMo 2
+def olmo2(keys: Keys, size: Size) -> list[Layer]:
+    """Norms after the branches, and over all query and all key heads at once."""
+    norm = norm_of(keys, "scale_then_cast")
+    mixer = attention_of(keys, size, qk_norm=QKNorm(norm=norm, over="flat"))
+    return [Layer(mixer=mixer, mlp=mlp_of(keys), norm=norm, placement="post_branch")] * size.depth
+
+
+def olmo2_rules(theirs: str, ours: str, spec: DecoderSpec) -> list[Rule]:
+    norms = (("post_attention_layernorm", "mixer_norm"), ("post_feedforward_layernorm", "mlp_norm"))
+    return [*attention_rules(theirs, ours, spec.stack.layers[0].mixer), *mlp_rules(theirs, ours),
+            *norm_rules(theirs, ours, norms)]
+
+
+KINDS = (
+    Kind(model_type="llama", name="LlamaForCausalLM", layers=llama, rules=pre_norm_rules,
+         config=lambda spec: plain_config(spec) | biases(spec)),
+    Kind(model_type="mistral", name="MistralForCausalLM", layers=mistral, rules=pre_norm_rules,
+         config=lambda spec: plain_config(spec) | {"sliding_window": windows(spec)[0]}),
+    Kind(model_type="qwen2", name="Qwen2ForCausalLM", layers=qwen2, rules=pre_norm_rules, config=qwen_config),
+    Kind(model_type="qwen3", name="Qwen3ForCausalLM", layers=qwen3, rules=pre_norm_rules,
+         config=lambda spec: qwen_config(spec) | {"attention_bias": spec.stack.layers[0].mixer.q_bias}),
+    Kind(model_type="smollm3", name="SmolLM3ForCausalLM", layers=smollm3, rules=pre_norm_rules, config=smollm3_config,
+         defaults={"tie_word_embeddings": True, "rope_theta": 2e6}),
+    Kind(model_type="olmo2", name="Olmo2ForCausalLM", layers=olmo2, rules=olmo2_rules,
+         config=lambda spec: plain_config(spec) | {"attention_bias": spec.stack.layers[0].mixer.q_bias},
+         defaults={"rms_norm_eps": 1e-5}))
 LLAMA_KINDS = tuple(family(kind) for kind in KINDS)

@@ -6,11 +6,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
-
 from mm.errors import InputError
 from mm.families.bert import has_head, kept, with_padding
-from mm.families.hf import CONFIG, FILES, HARMLESS, TIED, TO_HF, act_of, rope_config, rope_of
+from mm.families.hf import CONFIG, FILES, GATE_UP, HARMLESS, TIED, TO_HF, act_of, rope_config, rope_of
 from mm.families.sentence import complete
 from mm.family import Family, Keys
 from mm.spec import (
@@ -26,7 +24,7 @@ from mm.spec import (
     Stack,
     Transform,
 )
-from mm.tables import Rule, Table, Way, rule
+from mm.tables import Rule, Table, rule
 
 MORE_HARMLESS = HARMLESS | frozenset("""
     initializer_cutoff_factor cls_token_id classifier_pooling classifier_dropout deterministic_flash_attn
@@ -34,7 +32,6 @@ MORE_HARMLESS = HARMLESS | frozenset("""
     embedding_dropout
 """.split())  # noqa: SIM905
 GLOBAL, LOCAL = "full_attention", "sliding_attention"
-GATE_UP = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one of theirs, two of ours
 
 
 # ------------------------------------------------------------------------------------- config to spec

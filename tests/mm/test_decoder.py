@@ -1,32 +1,63 @@
 """The text decoder against transformers, both ways, and its streams against itself."""
 
+import json
+import shutil
+from dataclasses import replace
+
 import pytest
 import torch
 import transformers
+from safetensors.torch import save_file
 from support import redraw
 
 from mm import TextDecoder
 from mm.errors import InputError
+from mm.families import FAMILIES
 from mm.spec import Sections
 
 SIZES = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
          "num_key_value_heads": 2, "max_position_embeddings": 64}
 LLAMA3 = {"rope_type": "llama3", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
           "low_freq_factor": 1.0, "high_freq_factor": 4.0}
+LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embeddings": 12,
+        "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "long_factor": [1.0, 2.0, 4.0, 6.0, 8.0, 9.0]}
+# (after a family's name, which of its models); None: the config has no such key. Windows and original contexts are
+# shorter than the texts of every test.
 KINDS = {
     "llama": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 7, "head_dim": 16},
     "qwen2": {"use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "smollm3": {"num_hidden_layers": 5, "attention_bias": True, "pad_token_id": 0},
+    "smollm3 windows": {"no_rope_layers": [1, 0, 1], "use_sliding_window": True, "sliding_window": 6,
+                        "pad_token_id": 0},
+    "olmo2": {"rms_norm_eps": 1e-5},
+    "gemma2": {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6, "attn_logit_softcapping": 2.0,
+               "final_logit_softcapping": 3.0},
+    "gemma3_text": {"head_dim": 16, "query_pre_attn_scalar": 12, "sliding_window": 6, "num_hidden_layers": 7,
+                    "rope_parameters": {"full_attention": {"rope_type": "linear", "rope_theta": 1e6, "factor": 8.0},
+                                        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}}},
+    "phi3": {"rope_parameters": {"rope_type": "default", "rope_theta": 1e4, "partial_rotary_factor": 0.5},
+             "sliding_window": 7, "pad_token_id": 0},
+    "phi3 longrope": {"rope_parameters": LONG | {"partial_rotary_factor": 0.75}, "num_attention_heads": 2,
+                      "original_max_position_embeddings": 12, "pad_token_id": 0, "tie_word_embeddings": True},
+    "gpt2": {"num_key_value_heads": None, "intermediate_size": None, "scale_attn_by_inverse_layer_idx": True,
+             "n_inner": 48},
 }
+
+
+def made(kind):
+    """transformers' model of one kind, its weights drawn again."""
+    settings = {name: value for name, value in (SIZES | KINDS[kind]).items() if value is not None}
+    config = transformers.AutoConfig.for_model(kind.split()[0], **settings)
+    return redraw(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
 
 
 @pytest.fixture(scope="module", params=KINDS)
 def pair(request, tmp_path_factory):
     torch.manual_seed(0)
-    config = transformers.AutoConfig.for_model(request.param, **SIZES, **KINDS[request.param])
-    theirs = redraw(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
-    folder = tmp_path_factory.mktemp(request.param)
+    theirs = made(request.param)
+    folder = tmp_path_factory.mktemp(request.param.replace(" ", "-"))
     theirs.save_pretrained(folder)
     return theirs, TextDecoder.from_pretrained(folder), folder
 
@@ -45,8 +76,6 @@ def test_logits_equal_transformers(pair):
 def test_padding_is_not_seen(pair, left):
     theirs, ours, _ = pair
     ids, mask = torch.randint(97, (2, 20)), torch.ones(2, 20, dtype=torch.bool)
-    mask[1, :6] = not left
-    mask[1, 14:] = left
     mask[1, :6], mask[1, 14:] = (False, True) if left else (True, False)
     places = (mask.long().cumsum(1) - 1).clamp(min=0)
     wanted = theirs(ids, attention_mask=mask.long(), position_ids=places).logits
@@ -58,7 +87,7 @@ def test_a_stream_in_chunks_equals_the_whole(pair):
     _, ours, _ = pair
     ids = torch.randint(97, (2, 40))
     state = ours.init_state(2, chunk=8)
-    cuts = [0, 8, 9, 17, 18, 19, 40]
+    cuts = [0, 16, 17, 25, 26, 27, 40]
     parts = [ours(ids[:, a:b], state=state) for a, b in zip(cuts, cuts[1:], strict=False)]
     assert (torch.cat(parts, 1) - ours(ids)).abs().max() <= 1e-5
 
@@ -67,10 +96,10 @@ def test_a_stream_in_chunks_equals_the_whole(pair):
 def test_packed_documents_do_not_see_each_other(pair):
     _, ours, _ = pair
     ids = torch.randint(97, (1, 30))
-    documents = torch.tensor([[0] * 11 + [1] * 14 + [-1] * 5])
+    documents = torch.tensor([[0] * 13 + [1] * 14 + [-1] * 3])
     packed = ours(ids, documents=documents)
-    assert (packed[:, :11] - ours(ids[:, :11])).abs().max() <= 1e-5
-    assert (packed[:, 11:25] - ours(ids[:, 11:25])).abs().max() <= 1e-5
+    assert (packed[:, :13] - ours(ids[:, :13])).abs().max() <= 1e-5
+    assert (packed[:, 13:27] - ours(ids[:, 13:27])).abs().max() <= 1e-5
 
 
 @torch.no_grad()
@@ -89,21 +118,44 @@ def test_own_layout_comes_back(pair, tmp_path):
 
 
 @torch.no_grad()
-def test_positions_of_three_axes(pair):
+def test_positions_of_three_axes():
     """M-RoPE: with the same position on every axis, a text reads as before."""
-    _, ours, _ = pair
-    from dataclasses import replace
-    width = ours.spec.stack.layers[0].mixer.head_dim // 2
-    sizes = (width - 2 * (width // 3), width // 3, width // 3)
-    mixers = [replace(layer.mixer, rope=replace(layer.mixer.rope, axes=Sections(sizes=sizes)))
-              for layer in ours.spec.stack.layers]
-    layers = tuple(replace(layer, mixer=mixer) for layer, mixer in zip(ours.spec.stack.layers, mixers, strict=True))
-    spread = TextDecoder(replace(ours.spec, stack=replace(ours.spec.stack, layers=layers))).eval()
-    spread.load_state_dict(ours.state_dict())
+    plain = TextDecoder(FAMILIES.by_layout("decoder", "hf")[0].to_spec(SIZES | {"model_type": "llama"}, "test")).eval()
+    layers = tuple(replace(layer, mixer=replace(layer.mixer, rope=replace(
+        layer.mixer.rope, axes=Sections(sizes=(2, 1, 1))))) for layer in plain.spec.stack.layers)
+    spread = TextDecoder(replace(plain.spec, stack=replace(plain.spec.stack, layers=layers))).eval()
+    spread.load_state_dict(plain.state_dict())
     ids, places = torch.randint(97, (2, 12)), torch.arange(12).expand(2, 12)
-    assert (spread(ids, positions=torch.stack([places] * 3, -1)) - ours(ids)).abs().max() <= 1e-5
+    assert (spread(ids, positions=torch.stack([places] * 3, -1)) - plain(ids)).abs().max() <= 1e-5
     moved = torch.stack([5 * places % 7, places // 4, places % 4], -1)
-    assert (spread(ids, positions=moved) - ours(ids)).abs().max() > 1e-3
+    assert (spread(ids, positions=moved) - plain(ids)).abs().max() > 1e-3
+
+
+@torch.no_grad()
+def test_the_first_gpt2_files(tmp_path):
+    """No `transformer.` before the names, and masks beside the weights."""
+    theirs = made("gpt2")
+    theirs.save_pretrained(tmp_path)
+    state = {name: value.clone() for name, value in theirs.transformer.state_dict().items()}
+    state |= {f"h.{i}.attn.bias": torch.ones(1, 1, 64, 64).tril() for i in range(3)}
+    save_file(state, tmp_path / "model.safetensors")
+    ids = torch.randint(97, (2, 40))
+    assert (TextDecoder.from_pretrained(tmp_path)(ids) - theirs(ids).logits).abs().max() <= 1e-5
+
+
+@torch.no_grad()
+def test_the_first_gemma3_configs(tmp_path):
+    """One rope in the old keys, another base for the windows, every n-th layer without one."""
+    theirs = made("gemma3_text")
+    theirs.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    for name in ("rope_parameters", "layer_types", "_sliding_window_pattern"):
+        del config[name]
+    config |= {"rope_theta": 1e6, "rope_local_base_freq": 1e4, "sliding_window_pattern": 6,
+               "rope_scaling": {"rope_type": "linear", "factor": 8.0}}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids = torch.randint(97, (2, 40))
+    assert (TextDecoder.from_pretrained(tmp_path)(ids) - theirs(ids).logits).abs().max() <= 1e-5
 
 
 @pytest.mark.parametrize("call, told", [
@@ -118,8 +170,6 @@ def test_wrong_shapes_are_named(pair, call, told):
 
 
 def test_unknown_config_keys_are_named(pair, tmp_path):
-    import json
-    import shutil
     _, _, folder = pair
     shutil.copytree(folder, tmp_path / "copy")
     file = tmp_path / "copy" / "config.json"
