@@ -115,6 +115,11 @@ class TokenizersFile:
     def encode(self, text: str) -> list[int]:
         return self._tokenizer.encode(text, add_special_tokens=False).ids
 
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters [a, b) of the text that each stands for."""
+        row = self._tokenizer.encode(text, add_special_tokens=False)
+        return row.ids, row.offsets
+
     def decode(self, ids: list[int]) -> str:
         text = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text.replace(self._suffix, " ").strip() if self._suffix else text
@@ -151,6 +156,11 @@ class SentencePiece:
 
     def encode(self, text: str) -> list[int]:
         return self._processor.EncodeAsIds(text)
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Ids, and the characters [a, b) of the text that each stands for."""
+        pieces = self._processor.EncodeAsImmutableProto(text).pieces
+        return [piece.id for piece in pieces], [(piece.begin, piece.end) for piece in pieces]
 
     def decode(self, ids: list[int]) -> str:
         return self._processor.DecodeIds(ids)

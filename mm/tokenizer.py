@@ -7,6 +7,7 @@ import html
 import json
 import os
 import string
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm.chat import Message, render, template_of
+from mm.chat import Message, answers, render, template_of
 from mm.errors import InputError
 from mm.pieces import BOS, EOS, BytePairs, Pieces, SentencePiece, TokenizersFile, byte_level_pipeline, clip_pipeline
 
@@ -121,8 +122,19 @@ class Tokenizer:
     def chat(self, messages: Sequence[Message], *, generate: bool = True) -> list[int]:
         """A conversation ({role, content} each) as ids, by the checkpoint's own template, and with `generate` the
         beginning of the answer. Raises InputError where there is no template."""
-        names = {name: _name(value) for name, value in self.settings.items() if name.endswith("_token")}
-        return self.encode(render(template_of(self.settings), messages, names, generate=generate))
+        return self.encode(render(template_of(self.settings), messages, self._names(), generate=generate))
+
+    def conversation(self, messages: Sequence[Message]) -> tuple[list[int], list[tuple[int, int]]]:
+        """A whole conversation as ids, and the spans [a, b) of ids that the assistant is to write: every answer with
+        the token that ends its turn. Raises InputError where there is no template, or one that refuses."""
+        text, spans = answers(template_of(self.settings), messages, self._names())
+        ids, places = self.pieces.encode_with_places(text)
+        first, last = [a for a, _ in places], [b for _, b in places]
+        return ids, [(bisect_right(last, a), bisect_left(first, b)) for a, b in spans]
+
+    def _names(self) -> dict[str, str | None]:
+        """The special tokens by the names that templates use."""
+        return {name: _name(value) for name, value in self.settings.items() if name.endswith("_token")}
 
     def too_long(self, texts: str | Sequence[str], context: int) -> int:
         """How many texts `__call__` would cut at this context."""
@@ -202,6 +214,8 @@ def load_tokenizer(folder: str | Path) -> Tokenizer | None:
 
 def _load(folder: Path) -> Tokenizer | None:
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
+    if (template := folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
+        settings["chat_template"] = template.read_text("utf-8")
     if (folder / "open_clip_config.json").is_file():
         text = _json(folder / "open_clip_config.json").get("model_cfg", {}).get("text_cfg", {})
         if not text.get("hf_tokenizer_name"):
