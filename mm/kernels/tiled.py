@@ -69,6 +69,8 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
         scores = torch.cat([scores, column], -1)
     weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)[..., : k.shape[2]]
     weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
+    if torch.compiler.is_exporting():  # a product over G * T rows would tie the exported length to its example
+        return torch.einsum("bkgts,bksf->bkgtf", weights.to(v.dtype), v).flatten(1, 2)
     return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, groups).flatten(1, 2)
 
 

@@ -234,7 +234,7 @@ def test_hf_configs_that_are_not_understood(hf_model, tower, key, value, message
 
 
 def test_directories_that_hold_no_clip(tmp_path):
-    refused(tmp_path, "there is neither config.json nor open_clip_config.json")
+    refused(tmp_path, "there is no config.json or open_clip_config.json")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
     refused(tmp_path, "holds no CLIP checkpoint: config.json is of the kind bert")
     (tmp_path / "config.json").write_text('{"model_type": "clip"}')
