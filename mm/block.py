@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from mm import spec
 from mm.attention import CrossAttention, Scene, build_mixer
 from mm.linear import add, multiply
-from mm.mlp import Mlp
+from mm.moe import build_mlp
 from mm.norm import build_norm
 from mm.visibility import At
 
@@ -24,7 +24,7 @@ class Block(nn.Module):
         self.layer = layer
         self.mixer = build_mixer(dim, layer.mixer)
         self.cross = CrossAttention(dim, memory_dim or dim, layer.cross) if layer.cross else None
-        self.mlp = Mlp(dim, layer.mlp) if layer.mlp else None
+        self.mlp = build_mlp(dim, layer.mlp) if layer.mlp else None
         self.mixer_norm = build_norm(layer.norm if layer.mixer_norm else None, dim)
         self.cross_norm = build_norm(layer.norm, dim) if layer.cross else None
         self.mlp_norm = build_norm(layer.norm, dim) if layer.mlp and layer.placement != "parallel" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cache
 
@@ -9,11 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from mm.errors import InputError
+from mm.grouped import StackedLinear
 from mm.linear import FusedLinear
+
+LINEAR = nn.Linear | FusedLinear | StackedLinear
 
 
 class LowRank(nn.Module):
-    """weight (out, D) -> weight + alpha / rank * up @ down, where every part of a fused weight has a pair of its own.
+    """weight (..., out, D) -> weight + alpha / rank * up @ down, where every part of a fused weight, and every expert
+    of stacked ones, has a pair of its own.
 
     `down` (parts, rank, D) starts random, `up` (out, rank) at zero, so that nothing changes at first.
     """
@@ -23,12 +28,12 @@ class LowRank(nn.Module):
         self.sizes, self.scale = tuple(sizes), alpha / rank
         dtype = torch.promote_types(weight.dtype, torch.float32)  # half precision would lose small steps
         new = {"dtype": dtype, "device": weight.device}
-        self.down = nn.Parameter(torch.randn(len(self.sizes), rank, weight.shape[1], **new) * weight.shape[1] ** -0.5)
-        self.up = nn.Parameter(torch.zeros(weight.shape[0], rank, **new))
+        self.down = nn.Parameter(torch.randn(len(self.sizes), rank, weight.shape[-1], **new) * weight.shape[-1] ** -0.5)
+        self.up = nn.Parameter(torch.zeros(sum(self.sizes), rank, **new))
 
     def forward(self, weight: Tensor) -> Tensor:
         parts = [up @ down for up, down in zip(self.up.split(self.sizes), self.down, strict=True)]
-        return weight + (self.scale * torch.cat(parts)).to(weight.dtype)
+        return weight + (self.scale * torch.cat(parts)).view_as(weight).to(weight.dtype)
 
 
 class Adapted:
@@ -53,7 +58,7 @@ def add_lora(module: nn.Module, rank: int = 8, alpha: float = 16.0, layers: Sequ
     """
     if rank < 1 or alpha <= 0:
         raise InputError(f"LoRA needs a positive rank and alpha, not {rank} and {alpha}")
-    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, nn.Linear | FusedLinear)}
+    linear = {name: layer for name, layer in module.named_modules() if isinstance(layer, LINEAR)}
     if not linear:
         raise InputError(f"a {type(module).__name__} has no linear layer that LoRA could adapt")
     for end in layers:
@@ -66,11 +71,18 @@ def add_lora(module: nn.Module, rank: int = 8, alpha: float = 16.0, layers: Sequ
         layer = linear[name]
         if isinstance(layer, Adapted):
             raise InputError(f"LoRA: {name or type(layer).__name__} is adapted already; merge it first")
-        sizes = layer.sizes if isinstance(layer, FusedLinear) else layer.weight.shape[:1]
-        layer.lora = LowRank(layer.weight, sizes, rank, alpha)
+        layer.lora = LowRank(layer.weight, parts(layer), rank, alpha)
         layer.base = layer._parameters.pop("weight")
         layer.__class__ = adapted(type(layer))
     return chosen
+
+
+def parts(layer: nn.Module) -> list[int]:
+    """The outputs of each matrix in a layer's weight."""
+    if isinstance(layer, FusedLinear):
+        return list(layer.sizes)
+    *groups, outputs, _ = layer.weight.shape
+    return [outputs] * math.prod(groups)
 
 
 def ends(name: str, end: str) -> bool:

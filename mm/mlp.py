@@ -32,6 +32,17 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def activated(settings: spec.Mlp, up: Tensor, gate: Tensor | None) -> Tensor:
+    """What goes on to `down`, from one projection of the input or, where the unit is gated, two."""
+    act = ACTIVATIONS[settings.act]
+    if gate is None:
+        return act(up)
+    if settings.clamp is not None:
+        limit = settings.clamp.limit
+        gate, up = gate.clamp(max=limit), up.clamp(-limit, limit) + settings.clamp.shift
+    return multiply(act(gate), up)
+
+
 class Mlp(nn.Module):
     """x: (..., D) -> (..., D)."""
 
@@ -44,7 +55,6 @@ class Mlp(nn.Module):
         self.down = Linear(settings.hidden, dim, bias=settings.down_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        act = ACTIVATIONS[self.settings.act]
-        hidden = act(self.up(x)) if self.gate is None else multiply(act(self.gate(x)), self.up(x))
+        hidden = activated(self.settings, self.up(x), None if self.gate is None else self.gate(x))
         hidden = F.dropout(self.inner_norm(hidden), self.settings.dropout, self.training)
         return self.down(hidden)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from mm.embed import LMHead
 from mm.errors import InputError
+from mm.grouped import StackedLinear, filled
 from mm.linear import FusedLinear
 
 M = TypeVar("M", bound=nn.Module)
@@ -55,6 +56,21 @@ class Int8FusedLinear(nn.Module):
         return self.whole(x).split(self.sizes, -1)
 
 
+class Int8StackedLinear(nn.Module):
+    """x (M, D) sorted by group -> (M, E), each group by a matrix of its own."""
+
+    def __init__(self, whole: StackedLinear):
+        super().__init__()
+        biases = whole.bias if whole.bias is not None else [None] * len(whole.weight)
+        self.groups = nn.ModuleList(map(Int8Linear, whole.weight, biases))
+
+    def forward(self, x: Tensor, group: Tensor, ends: Tensor) -> Tensor:
+        out = x.new_empty(len(x), self.groups[0].out_features)
+        for i, rows in filled(ends):
+            out[rows] = self.groups[i](x[rows])
+        return out
+
+
 class Int8Head(nn.Module):
     """x (..., D) -> logits (..., V)."""
 
@@ -70,7 +86,7 @@ class Int8Head(nn.Module):
 
 def quantize(model: M, to: str = "int8") -> M:
     """The same model, its matrices replaced in place by ones of eight bits: for inference on a CPU in float32. Tables
-    of embeddings stay. Raises InputError elsewhere; such a model is not trained or saved."""
+    of embeddings and routers stay. Raises InputError elsewhere; such a model is not trained or saved."""
     if to != "int8":
         raise InputError(f"weights can be quantised to int8, not {to!r}")
     if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
@@ -80,6 +96,8 @@ def quantize(model: M, to: str = "int8") -> M:
             for name, child in list(module.named_children()):
                 if isinstance(child, FusedLinear):
                     setattr(module, name, Int8FusedLinear(child))
+                elif isinstance(child, StackedLinear):
+                    setattr(module, name, Int8StackedLinear(child))
                 elif isinstance(child, nn.Linear):
                     setattr(module, name, Int8Linear(child.weight, child.bias))
                 elif isinstance(child, LMHead):

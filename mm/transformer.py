@@ -45,7 +45,7 @@ class Transformer(nn.Module):
                 module.reset_parameters()
         dim, depth = self.stack.dim, max(len(self.blocks), 1)
         for name, parameter in self.named_parameters():
-            if parameter.ndim != 2 or not name.endswith("weight") or name.startswith("bias"):
+            if parameter.ndim < 2 or not name.endswith("weight") or name.startswith("bias"):
                 continue
             shallow = dim**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
             deep = dim**-0.5 * (2 * depth) ** -0.5

@@ -44,6 +44,9 @@ class Groups:
     chosen: int
     by: Literal["max", "top2"] = "max"
 
+    def __post_init__(self) -> None:
+        require(0 < self.chosen <= self.count, f"Groups.chosen must be 1 to {self.count}, not {self.chosen}")
+
 
 @spec
 class Router:
@@ -74,5 +77,9 @@ class Moe:
 
     def __post_init__(self) -> None:
         require(0 < self.chosen <= self.experts, f"Moe.chosen must be 1 to {self.experts}, not {self.chosen}")
+        require(self.expert.inner_norm is None, "experts have no inner_norm")
         groups = self.router.groups
-        require(groups is None or self.experts % groups.count == 0, "Moe.experts must fall into equal groups")
+        if groups is not None:
+            size, rest = divmod(self.experts, groups.count)
+            require(rest == 0 and size >= (2 if groups.by == "top2" else 1), "Moe.experts must fall into equal groups")
+            require(groups.chosen * size >= self.chosen, f"{groups.chosen} groups have no {self.chosen} experts")
