@@ -1,11 +1,13 @@
-"""Weights of eight bits for decoding on a CPU.
+"""Weights of eight or four bits for decoding.
 
-Every weight row and every token has its own scale: a token's result does not depend on its neighbours in the batch.
-Products are exact integers (oneDNN's, on plain tensors), so the same row gives the same bits at any batch size.
+On a CPU in eight bits, every weight row and every token has its own scale: a token's result does not depend on its
+neighbours in the batch. Products are exact integers (oneDNN's, on plain tensors), so the same row gives the same bits
+at any batch size. On a GPU torchao's kernels take the products and promise neither.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TypeVar
 
 import torch
@@ -14,6 +16,7 @@ from torch import Tensor, nn
 from mm.embed import LMHead
 from mm.errors import InputError
 from mm.grouped import StackedLinear, filled
+from mm.int4 import Int4Linear
 from mm.linear import FusedLinear
 
 M = TypeVar("M", bound=nn.Module)
@@ -45,24 +48,24 @@ class Int8Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, int8"
 
 
-class Int8FusedLinear(nn.Module):
+class Fused(nn.Module):
     """x (..., D) -> one tensor (..., size) per size."""
 
-    def __init__(self, whole: FusedLinear):
+    def __init__(self, whole: FusedLinear, cell: Cell):
         super().__init__()
-        self.sizes, self.whole = whole.sizes, Int8Linear(whole.weight, whole.full_bias())
+        self.sizes, self.whole = whole.sizes, cell(whole.weight, whole.full_bias())
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
         return self.whole(x).split(self.sizes, -1)
 
 
-class Int8StackedLinear(nn.Module):
+class Stacked(nn.Module):
     """x (M, D) sorted by group -> (M, E), each group by a matrix of its own."""
 
-    def __init__(self, whole: StackedLinear):
+    def __init__(self, whole: StackedLinear, cell: Cell):
         super().__init__()
         biases = whole.bias if whole.bias is not None else [None] * len(whole.weight)
-        self.groups = nn.ModuleList(map(Int8Linear, whole.weight, biases))
+        self.groups = nn.ModuleList(map(cell, whole.weight, biases))
 
     def forward(self, x: Tensor, group: Tensor, ends: Tensor) -> Tensor:
         out = x.new_empty(len(x), self.groups[0].out_features)
@@ -71,12 +74,12 @@ class Int8StackedLinear(nn.Module):
         return out
 
 
-class Int8Head(nn.Module):
+class Head(nn.Module):
     """x (..., D) -> logits (..., V)."""
 
-    def __init__(self, head: LMHead, table: Tensor):
+    def __init__(self, head: LMHead, table: Tensor, cell: Cell):
         super().__init__()
-        self.score = Int8Linear(table if head.weight is None else head.weight, head.bias)
+        self.score = cell(table if head.weight is None else head.weight, head.bias)
         head.weight = head.bias = None
         self.head = head
 
@@ -84,22 +87,52 @@ class Int8Head(nn.Module):
         return self.head.finish(self.score(self.head.ready(x)))
 
 
+Cell = Callable[[Tensor, Tensor | None], nn.Module]  # of a weight (E, D) and a bias (E,)
+CELLS: dict[str, Cell] = {"int8": Int8Linear, "int4": Int4Linear}
+
+
 def quantize(model: M, to: str = "int8") -> M:
-    """The same model, its matrices replaced in place by ones of eight bits: for inference on a CPU in float32. Tables
-    of embeddings and routers stay. Raises InputError elsewhere; such a model is not trained or saved."""
-    if to != "int8":
-        raise InputError(f"weights can be quantised to int8, not {to!r}")
-    if any(p.device.type != "cpu" or p.dtype != torch.float32 for p in model.parameters()):
-        raise InputError("int8 weights are for float32 models on the CPU; move the model there first")
-    with torch.no_grad():
-        for module in list(model.modules()):
-            for name, child in list(module.named_children()):
-                if isinstance(child, FusedLinear):
-                    setattr(module, name, Int8FusedLinear(child))
-                elif isinstance(child, StackedLinear):
-                    setattr(module, name, Int8StackedLinear(child))
-                elif isinstance(child, nn.Linear):
-                    setattr(module, name, Int8Linear(child.weight, child.bias))
-                elif isinstance(child, LMHead):
-                    setattr(module, name, Int8Head(child, module.embed.tokens.weight))
+    """The same model, its matrices replaced in place by ones of eight ("int8") or four bits ("int4"), for inference:
+    on a CPU a float32 model by the kernels here, on a GPU a bfloat16 model by torchao. Tables of embeddings
+    and routers stay. Raises InputError elsewhere; such a model is not trained or saved."""
+    if to not in CELLS:
+        raise InputError(f"weights can be quantised to {' or '.join(CELLS)}, not {to!r}")
+    devices, dtypes = ({getattr(p, name) for p in model.parameters()} for name in ("device", "dtype"))
+    kinds = {device.type for device in devices}
+    if kinds == {"cuda"} and dtypes == {torch.bfloat16}:
+        by_torchao(model, to)
+    elif kinds == {"cpu"} and dtypes == {torch.float32}:
+        replace(model, CELLS[to])
+    else:
+        raise InputError(f"{to} weights are for float32 models on the CPU and bfloat16 models on a GPU, not for "
+                         f"{' and '.join(str(x) for x in (*dtypes, *devices))}")
     return model.eval()
+
+
+@torch.no_grad()
+def replace(model: nn.Module, cell: Cell) -> None:
+    """Every matrix by one that `cell` makes of it."""
+    for module in list(model.modules()):
+        for name, child in list(module.named_children()):
+            if isinstance(child, FusedLinear):
+                setattr(module, name, Fused(child, cell))
+            elif isinstance(child, StackedLinear):
+                setattr(module, name, Stacked(child, cell))
+            elif isinstance(child, nn.Linear):
+                setattr(module, name, cell(child.weight, child.bias))
+            elif isinstance(child, LMHead):
+                setattr(module, name, Head(child, module.embed.tokens.weight, cell))
+
+
+def by_torchao(model: nn.Module, to: str) -> None:
+    """Weights alone, four bits in groups of 32 inputs. The head stays, which may be the table of embeddings, and so do
+    stacked experts.
+
+    Raises InputError without torchao."""
+    try:
+        from torchao.quantization import Int4WeightOnlyConfig, Int8WeightOnlyConfig, quantize_
+    except ImportError:
+        raise InputError("int8 and int4 weights on a GPU need torchao: pip install mm-torch[gpu]") from None
+    config = Int8WeightOnlyConfig(set_inductor_config=False) if to == "int8" else Int4WeightOnlyConfig(
+        group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
+    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, FusedLinear | nn.Linear))

@@ -10,8 +10,9 @@ CHATML = ("{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['cont
           "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}")
 
 
-def test_a_story_from_the_command_line(capsys):
-    assert main(["generate", "stories260k", "Once upon a time", "--max-tokens", "20", "--stream", "--int8"]) == 0
+@pytest.mark.parametrize("more", [["--stream"], ["--quantize", "int8"], ["--quantize", "int4"]])
+def test_a_story_from_the_command_line(capsys, more):
+    assert main(["generate", "stories260k", "Once upon a time", "--max-tokens", "20", *more]) == 0
     told = capsys.readouterr()
     assert told.out.startswith("Once upon a time, there was a little girl") and "20 tokens" in told.err
 
