@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-MOST_TOLD = 10  # sentences of one kind
+MOST_TOLD = 5  # sentences of one kind
 
 
 @dataclass

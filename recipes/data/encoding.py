@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import TypeVar
 
 from mm.chat import template_of
 from mm.errors import InputError
@@ -16,6 +17,7 @@ from .corpus import Corpus, Document
 from .token_file import Encoded, TokenFile, write_tokens
 
 MEGABYTE = 10**6
+T = TypeVar("T")
 
 
 def token_file(corpus: Corpus, tokenizer: Tokenizer, folder: Path, answers: bool = True) -> TokenFile:
@@ -27,18 +29,18 @@ def token_file(corpus: Corpus, tokenizer: Tokenizer, folder: Path, answers: bool
     key = hashlib.sha256(f"{corpus.fingerprint} {tokenizer_fingerprint(tokenizer)} {answers}".encode()).hexdigest()[:16]
     path = folder / f"{key}.tokens.safetensors"
     if not path.exists():
-        documents = watched(corpus, encoded(corpus, tokenizer, answers))
+        documents = watched(f"tokens of {corpus.where}", corpus, encoded(corpus, tokenizer, answers))
         names = [str(file) for file in corpus.files]
         write_tokens(path, documents, tokenizer.vocab_size, names, lambda: corpus.account)
     return TokenFile(path)
 
 
-def watched(corpus: Corpus, documents: Iterator[Encoded]) -> Iterator[Encoded]:
-    """The same, under a progress bar in megabytes of the corpus."""
+def watched(title: str, corpus: Corpus, items: Iterable[T]) -> Iterator[T]:
+    """The items, which are made while the corpus is read, under a progress bar in its megabytes."""
     done = 0
-    with Bar(f"tokens of {corpus.where}, MB", -(-corpus.size // MEGABYTE)) as bar:
-        for document in documents:
-            yield document
+    with Bar(f"{title}, MB", -(-corpus.size // MEGABYTE)) as bar:
+        for item in items:
+            yield item
             if corpus.done // MEGABYTE > done:
                 bar.step(corpus.done // MEGABYTE - done)
                 done = corpus.done // MEGABYTE

@@ -17,6 +17,8 @@ KINDS = {  # what trains, the class of its settings, what it is
              "a CLIP from pairs of pictures and captions"),
     "vit": ("mm.recipes.train.fit_vit:fit", "mm.recipes.train.vit_settings:VitJob",
             "a classifier from pictures in classes, from scratch or from any ViT"),
+    "tokenizer": ("mm.recipes.train.tokenizer:fit", "mm.recipes.train.tokenizer_settings:TokenizerJob",
+                  "a byte-level BPE tokenizer from a corpus"),
 }
 CONFIGS = Path(__file__).parent.parent / "configs"
 
