@@ -82,6 +82,8 @@ class Heads(nn.Module):
         if late_norm:
             q, q_turn = (q if turn is None else rotary.apply(q, turn)), None
             q, k = self.q_norm(q), self.k_norm(k)
+        if s.temperature is not None:
+            q = (q * warmth(scene.at.position, s.temperature)[:, None, :, None]).to(q.dtype)
         if scene.cache is not None:
             k, v, k_at = scene.cache.write(k, v, scene.write)
         if self.extra_k is not None:
@@ -177,6 +179,11 @@ class DifferentialAttention(Heads):
         first, second = heads[:, :, 0].flatten(1, 2), heads[:, :, 1].flatten(1, 2)
         heads = self.pair_norm(first - self.weight().to(x.dtype) * second) * (1 - self.differential.lambda_init)
         return self.out(self.gated(heads, x))
+
+
+def warmth(position: Tensor, settings: spec.Temperature) -> Tensor:
+    """(B, T) positions -> the factor of each query."""
+    return 1 + settings.slope * torch.log1p(torch.floor((position.float() + 1) / settings.every))
 
 
 def build_qk_norm(settings: spec.Attention, heads: int) -> nn.Module:

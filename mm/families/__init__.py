@@ -9,9 +9,12 @@ from mm.families.bert import BERT_KINDS
 from mm.families.gemma import GEMMA_KINDS
 from mm.families.gguf import read_gguf
 from mm.families.gpt2 import GPT2
+from mm.families.gpt_oss import GPT_OSS
 from mm.families.llama import LLAMA_KINDS
 from mm.families.llama2c import read_llama2c
+from mm.families.llama4 import LLAMA4
 from mm.families.modernbert import MODERNBERT
+from mm.families.moe import MOE_KINDS
 from mm.families.phi import PHI_KINDS
 from mm.family import Extras, Families, Family
 from mm.spec import DecoderSpec, EncoderSpec
@@ -30,6 +33,7 @@ def own(kind: str, settings: type) -> Family:
 
 
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder"}, {
-    "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2),
+    "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2,
+                *MOE_KINDS, GPT_OSS, LLAMA4),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
 }, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})

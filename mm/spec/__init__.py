@@ -6,7 +6,7 @@ Every spec checks itself when it is made and goes through JSON and back (`mm.sch
 # ruff: noqa: F401
 from mm.spec.encoders import Dense, EncoderSpec, SentencePooling
 from mm.spec.language import DecoderSpec, Embed, LearnedTable, LMHead, Transform
-from mm.spec.mixers import Attention, Differential, Latent, QKNorm
+from mm.spec.mixers import Attention, Differential, Latent, QKNorm, Temperature
 from mm.spec.mlp import Clamp, Groups, Mlp, Moe, Router
 from mm.spec.norms import L2Norm, LayerNorm, Norm, RMSNorm
 from mm.spec.positions import (

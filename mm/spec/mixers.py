@@ -19,6 +19,18 @@ class QKNorm:
 
 
 @spec
+class Temperature:
+    """Queries at position p times `1 + slope ln(1 + floor((p + 1) / every))`, against attention that spreads thin in
+    long texts (Llama 4's layers without rope)."""
+
+    slope: float = 0.1
+    every: int = 8192
+
+    def __post_init__(self) -> None:
+        require(self.every > 0, "Temperature.every must be positive")
+
+
+@spec
 class Attention:
     """Multi-head (`kv_heads` = `heads`), grouped or multi-query attention.
 
@@ -38,6 +50,7 @@ class Attention:
     out_bias: bool = True
     scale: float | None = None
     qk_norm: QKNorm | None = None
+    temperature: Temperature | None = None
     inner_norm: Norm | None = None
     softcap: float = 0.0
     sinks: bool = False
