@@ -28,6 +28,7 @@ class Pieces(Protocol):
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: list[int]) -> str: ...
     def token_id(self, token: str) -> int | None: ...
+    def special_ids(self) -> set[int]: ...
     def save(self, folder: Path) -> None: ...
 
 
@@ -93,6 +94,9 @@ class BytePairs:
     def token_id(self, token: str) -> int | None:
         return {BOS: self.size - 2, EOS: self.size - 1}.get(token)
 
+    def special_ids(self) -> set[int]:
+        return {self.size - 2, self.size - 1}
+
     def save(self, folder: Path) -> None:
         special = {BOS: self.size - 2, EOS: self.size - 1}
         TokenizersFile(clip_pipeline(self.vocabulary() | special, self.merges)).save(folder)
@@ -126,6 +130,9 @@ class TokenizersFile:
 
     def token_id(self, token: str) -> int | None:
         return self._tokenizer.token_to_id(token)
+
+    def special_ids(self) -> set[int]:
+        return {i for i, token in self._tokenizer.get_added_tokens_decoder().items() if token.special}
 
     def surround(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """The ids that the file's post-processor puts before and after a text."""
@@ -168,6 +175,9 @@ class SentencePiece:
     def token_id(self, token: str) -> int | None:
         found = self._processor.PieceToId(token)
         return found if self._processor.IdToPiece(found) == token else None
+
+    def special_ids(self) -> set[int]:
+        return {i for i in range(self.size) if self._processor.IsControl(i)}
 
     def control_ids(self) -> dict[str, int | None]:
         """The model's own start, end and padding ids."""

@@ -80,6 +80,13 @@ class Tokenizer:
     def vocab_size(self) -> int:
         return self.pieces.size
 
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids that stand for no text, such as start, end and mask."""
+        named = (self.pieces.token_id(name) for name in self._names().values() if name)
+        return frozenset({self.bos_id, self.eos_id, *self.prefix, *self.suffix, *named, *self.pieces.special_ids()}
+                         - {None})
+
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without prefix and suffix."""
         if not isinstance(text, str):

@@ -14,9 +14,11 @@ from mm.errors import InputError
 from mm.tokenizer import Tokenizer
 
 from .corpus import open_corpus
+from .corruption import Corrupted
 from .encoding import token_file
 from .lm_batch import NextToken, Objective
 from .lm_settings import LmData
+from .masking import Masked
 from .packing import NOWHERE, Packed, Spans, held_out, whole
 from .sampler import Order, Steps, generator
 from .token_file import TokenFile
@@ -84,6 +86,14 @@ class LmModule(lightning.LightningDataModule):
         self.notes = [line for spans in filter(None, (kept, out if other else None))
                       for line in spans.file.account.sentences()]
 
+    def state_dict(self) -> dict[str, Any]:
+        return {"tokens": self.training.spans.file.fingerprint}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises InputError where the corpus is no longer that of the checkpoint: the run would not be the same."""
+        if state_dict["tokens"] != self.training.spans.file.fingerprint:
+            raise InputError(f"{self.data.path} is not the corpus that this run began with: its texts have changed")
+
     def file(self, source: str) -> TokenFile:
         return token_file(open_corpus(source, self.data.split), self.tokenizer, self.cache, self.data.answers)
 
@@ -108,6 +118,17 @@ class LmModule(lightning.LightningDataModule):
         """Documents (B, T) of a training batch -> the files and lines that they begin at."""
         numbers = dict.fromkeys(documents.flatten().tolist())
         return [self.training.spans.where(number) for number in numbers if number != NOWHERE]
+
+
+def objective_for(kind: str, data: LmData, tokenizer: Tokenizer, vocab: int) -> Objective:
+    """`next`, `masked` or `spans` tokens to predict, for a model of `vocab` entries. Raises InputError for a tokenizer
+    that does not fit it or lacks the special tokens."""
+    if tokenizer.vocab_size > vocab:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding {vocab}: it is not "
+                         "this model's tokenizer")
+    if kind == "masked":
+        return Masked(tokenizer, data.share)
+    return Corrupted(tokenizer, vocab, data.share, data.span) if kind == "spans" else NextToken()
 
 
 def validation_source(data: LmData) -> str | None:

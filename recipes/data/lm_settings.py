@@ -31,7 +31,9 @@ class LmData(CorpusData):
     length: tokens of a row. batch_size: rows of all processes together.
     tokenizer: a directory with the tokenizer to use (none: the model's own or, for a new model, one that is trained on
     the corpus). vocab: the entries of that trained tokenizer. answers: of conversations, only what the assistant says
-    is learned. cache: the folder that keeps the texts as tokens (none: one in the run's directory).
+    is learned. share: of the tokens that are hidden to be predicted, by the objectives that hide some. span: the mean
+    number of tokens that span corruption hides together. cache: the folder that keeps the texts as tokens (none: one
+    in the run's directory).
     workers: processes that make batches.
     """
 
@@ -42,12 +44,17 @@ class LmData(CorpusData):
     tokenizer: str | None = None
     vocab: int = 4096
     answers: bool = True
+    share: float = 0.15
+    span: float = 3.0
     cache: str | None = None
     workers: int = 0
 
     def __post_init__(self) -> None:
         if not 0 <= self.holdout < 1:
             raise InputError(f"data.holdout must lie in [0, 1), not {self.holdout}")
+        if not 0 < self.share < 1 or self.span < 1:
+            raise InputError("data.share must lie in (0, 1) and data.span be at least 1, not "
+                             f"{self.share} and {self.span}")
         for name in ("length", "batch_size", "vocab"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name} must be at least 1, not {getattr(self, name)}")
