@@ -200,10 +200,3 @@ def mixed_frequencies(settings: spec.Attention) -> Tensor:
     band = 1.0 / rope.theta ** (torch.arange(pairs, dtype=torch.float32) // axes * axes / pairs)
     direction = F.normalize(torch.randn(axes, settings.heads, pairs), dim=0)
     return direction * band
-
-
-def build_mixer(dim: int, settings: spec.Attention | spec.Differential) -> nn.Module:
-    kinds = {spec.Attention: Attention, spec.Differential: DifferentialAttention}
-    return kinds[type(settings)](dim, settings)
-
-

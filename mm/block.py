@@ -9,11 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
-from mm.attention import CrossAttention, Scene, build_mixer
+from mm.attention import Attention, CrossAttention, DifferentialAttention, Scene
+from mm.latent import LatentAttention
 from mm.linear import add, multiply
 from mm.moe import build_mlp
 from mm.norm import build_norm
 from mm.visibility import At
+
+MIXERS = {spec.Attention: Attention, spec.Differential: DifferentialAttention, spec.Latent: LatentAttention}
 
 
 class Block(nn.Module):
@@ -22,7 +25,7 @@ class Block(nn.Module):
     def __init__(self, dim: int, layer: spec.Layer, memory_dim: int | None = None):
         super().__init__()
         self.layer = layer
-        self.mixer = build_mixer(dim, layer.mixer)
+        self.mixer = MIXERS[type(layer.mixer)](dim, layer.mixer)
         self.cross = CrossAttention(dim, memory_dim or dim, layer.cross) if layer.cross else None
         self.mlp = build_mlp(dim, layer.mlp) if layer.mlp else None
         self.mixer_norm = build_norm(layer.norm if layer.mixer_norm else None, dim)

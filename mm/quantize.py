@@ -18,6 +18,7 @@ from mm.embed import LMHead
 from mm.errors import InputError
 from mm.grouped import StackedLinear, filled
 from mm.int4 import Int4Linear
+from mm.latent import Unfolding
 from mm.linear import FusedLinear
 
 M = TypeVar("M", bound=nn.Module)
@@ -106,7 +107,8 @@ CELLS: dict[str, Cell] = {"int8": Int8Linear, "int4": Int4Linear}
 def quantize(model: M, to: str = "int8") -> M:
     """The same model, its matrices replaced in place by ones of eight ("int8") or four bits ("int4"), for inference:
     on a CPU a float32 model by the kernels here, on a GPU a bfloat16 model by torchao. Tables of embeddings
-    and routers stay. Raises InputError elsewhere; such a model is not trained or saved."""
+    and routers stay, and what unfolds the latents of latent attention. Raises InputError elsewhere; such a model is not
+    trained or saved."""
     if to not in CELLS:
         raise InputError(f"weights can be quantised to {' or '.join(CELLS)}, not {to!r}")
     devices, dtypes = ({getattr(p, name) for p in model.parameters()} for name in ("device", "dtype"))
@@ -130,7 +132,7 @@ def replace(model: nn.Module, cell: Cell) -> None:
                 setattr(module, name, Fused(child, cell))
             elif isinstance(child, StackedLinear):
                 setattr(module, name, Stacked(child, cell))
-            elif isinstance(child, nn.Linear):
+            elif isinstance(child, nn.Linear) and not isinstance(child, Unfolding):
                 setattr(module, name, cell(child.weight, child.bias))
             elif isinstance(child, LMHead):
                 setattr(module, name, Head(child, module.embed.tokens.weight, cell))
@@ -147,4 +149,5 @@ def by_torchao(model: nn.Module, to: str) -> None:
         raise InputError("int8 and int4 weights on a GPU need torchao: pip install mm-torch[gpu]") from None
     config = Int8WeightOnlyConfig(set_inductor_config=False) if to == "int8" else Int4WeightOnlyConfig(
         group_size=32, int4_packing_format="tile_packed_to_4d", set_inductor_config=False)
-    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, FusedLinear | nn.Linear))
+    quantize_(model, config, filter_fn=lambda module, name: isinstance(module, FusedLinear | nn.Linear)
+              and not isinstance(module, Unfolding))

@@ -38,8 +38,8 @@ class Transformer(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Normal weights of std D^-0.5 into a branch and (2 L D)^-0.5 out of it (GPT-2, CLIP); the rest as each module
-        begins. Complete: it also fills a stack that was made on the meta device."""
+        """Normal weights of std D^-0.5 into a branch, D being what they read, and (2 L D)^-0.5 out of it (GPT-2, CLIP);
+        the rest as each module begins. Complete: it also fills a stack that was made on the meta device."""
         for module in self.modules():
             if module is not self and hasattr(module, "reset_parameters"):
                 module.reset_parameters()
@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2 or not name.endswith("weight") or name.startswith("bias"):
                 continue
-            shallow = dim**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
+            shallow = parameter.shape[1]**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
             deep = dim**-0.5 * (2 * depth) ** -0.5
             nn.init.normal_(parameter, std=deep if name.endswith((".out.weight", ".down.weight")) else shallow)
         for name, parameter in self.named_parameters():

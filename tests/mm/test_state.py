@@ -23,6 +23,7 @@ RINGS = (attention(sight=Sight(left=4, right=0), rope=Rope(), sinks=True), atten
 MIX = (*RINGS, attention(sight=CAUSAL, rope=Rope(layout="interleaved"), extra_key=True, gate="head"))
 DIFFERENTIAL = spec.Differential(base=attention(heads=2, kv_heads=1, sight=Sight(left=2, right=0), rope=Rope()),
                                  lambda_init=0.4)
+LATENT = spec.Latent(heads=4, q_rank=12, kv_rank=16, nope_dim=6, rope_dim=4, value_dim=5, rope=Rope())
 LATE_NORM = attention(sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True))
 STACKS = {
     "rings": stack(*RINGS),
@@ -30,6 +31,8 @@ STACKS = {
     "both": stack(*MIX),
     "buckets": stack(attention(sight=Sight(left=6, right=0)), attention(sight=CAUSAL), relative=spec.Buckets()),
     "differential": stack(DIFFERENTIAL, LATE_NORM, placement="parallel"),
+    "latent": stack(LATENT, spec.Latent(heads=2, kv_rank=8, nope_dim=6, rope_dim=4, value_dim=20, bias=True,
+                                        rope=Rope(layout="interleaved"), sight=Sight(left=4, right=0))),
 }
 
 
