@@ -47,7 +47,7 @@ class Transformer(nn.Module):
         for name, parameter in self.named_parameters():
             if parameter.ndim < 2 or not name.endswith("weight") or name.startswith("bias"):
                 continue
-            shallow = parameter.shape[1]**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
+            shallow = parameter.shape[-1]**-0.5 * (0.5**0.5 if ".mlp." in name else 1.0)
             deep = dim**-0.5 * (2 * depth) ** -0.5
             nn.init.normal_(parameter, std=deep if name.endswith((".out.weight", ".down.weight")) else shallow)
         for name, parameter in self.named_parameters():
