@@ -75,20 +75,20 @@ def decode(model: Whisper, windows: Sequence[Window], rules: Rules, generator: t
            ) -> list[Heard]:
     """One batch of windows, greedily or sampled by each one's temperature."""
     tokens, context = rules.tokens, model.spec.decoder.context
-    memory = model.remember(torch.stack([window.heard for window in windows]))
+    memory = model.decoder.stack.remember(torch.stack([window.heard for window in windows]))
     rows = [[*([tokens.previous, *window.prompt[-(context // 2 - 1):]] if window.prompt else []),
              *window.begin] for window in windows]
     ids, mask = padded_left(rows, tokens.end, memory.at.position.device)
-    state = model.init_state(len(rows), ids.shape[1] + context // 2)
-    hidden = model.hidden(ids, memory, mask=mask, state=state)
-    silence = model.logits(hidden[:, -len(windows[0].begin)]).float().softmax(-1)[:, tokens.no_speech].tolist()
+    state = model.decoder.init_state(len(rows), length=ids.shape[1] + context // 2)
+    hidden = model.decoder.hidden(ids, memory=memory, mask=mask, state=state)
+    silence = model.decoder.logits(hidden[:, -len(windows[0].begin)]).float().softmax(-1)[:, tokens.no_speech].tolist()
     said = ids[:, :0]
     total = torch.zeros(len(rows), device=ids.device)
     heat = torch.tensor([[window.temperature] for window in windows], device=ids.device)
     sampled = any(window.temperature for window in windows)
     done = torch.zeros(len(rows), dtype=torch.bool, device=ids.device)
     for _ in range(context // 2):
-        odds = rules(model.logits(hidden[:, -1]).float(), said)
+        odds = rules(model.decoder.logits(hidden[:, -1]).float(), said)
         following = pick(odds, heat, generator) if sampled else odds.argmax(-1, keepdim=True)
         following = following.masked_fill(done[:, None], tokens.end)
         total += odds.gather(1, following)[:, 0].masked_fill(done, 0.0)
@@ -96,7 +96,7 @@ def decode(model: Whisper, windows: Sequence[Window], rules: Rules, generator: t
         done = done | (following[:, 0] == tokens.end)
         if bool(done.all()) or max(map(len, rows)) + said.shape[1] > context:
             break
-        hidden = model.hidden(following, memory, state=state)
+        hidden = model.decoder.hidden(following, memory=memory, state=state)
     return [summed(model, row, *rest) for row, *rest in
             zip(said.tolist(), total.tolist(), silence, (window.temperature for window in windows), strict=True)]
 

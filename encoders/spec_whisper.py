@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from mm.schema import require, spec
-from mm.spec import DecoderSpec, Stack
+from mm.spec import DecoderSpec, Stack, check_memory
 
 
 @spec
@@ -17,8 +17,5 @@ class WhisperSpec:
 
     def __post_init__(self) -> None:
         require(min(self.mels, self.frames) > 0, "WhisperSpec.mels and frames must be positive")
-        reads = self.decoder.stack.memory_dim or self.decoder.stack.dim
-        require(reads == self.encoder.dim, f"the decoder reads {reads} channels, the encoder makes {self.encoder.dim}")
-        crossed = all(layer.cross is not None for layer in self.decoder.stack.layers)
-        require(crossed, "every layer of Whisper's decoder has cross-attention")
+        check_memory(self.decoder, self.encoder.dim)
         require(self.decoder.embed.positions is not None, "Whisper's decoder has learned positions")

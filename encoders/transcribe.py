@@ -68,7 +68,7 @@ def transcribe(model: Whisper, sounds: Sequence[Sound], settings: Settings = Set
         raise InputError("the model has no tokenizer of Whisper: a folder needs tokenizer.json, a multilingual .pt "
                          "file needs multilingual.tiktoken beside it")
     tokens.begin(settings.language, settings.task)
-    device = model.embed.tokens.weight.device
+    device = model.decoder.embed.tokens.weight.device
     rules, generator = Rules(model, tokens, device), torch.Generator(device).manual_seed(settings.seed)
     out: list[Transcript | None] = [None] * len(sounds)
     waiting = list(range(len(sounds)))[::-1]
@@ -172,8 +172,8 @@ def cut(model: Whisper, result: Heard, start: float, size: int, stride: int, tok
 
 def listen(model: Whisper, heard: Tensor, tokens: SpeechTokens) -> str:
     """The language of a window."""
-    hidden = model.hidden(torch.tensor([[tokens.start]], device=heard.device), heard[None])
+    hidden = model.decoder.hidden(torch.tensor([[tokens.start]], device=heard.device), memory=heard[None])
     first = tokens.start + 1
-    odds = model.logits(hidden[0, -1])[first : first + len(tokens.languages)]
+    odds = model.decoder.logits(hidden[0, -1])[first : first + len(tokens.languages)]
     return tokens.languages[int(odds.argmax())]
 

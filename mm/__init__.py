@@ -8,6 +8,7 @@ __getattr__, __dir__, __all__ = lazy(__name__, {
     "TextDecoder": "mm.decoder",
     "TextEncoder": "mm.encoder",
     "Transformer": "mm.transformer",
+    "Seq2Seq": "mm.seq2seq",
     "Sampling": "mm.sampling",
     "InputError": "mm.errors",
 })

@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mm.engine import check_prompt, default_eos
 from mm.errors import InputError
+from mm.memory import Memory
 from mm.state import StackState
+
+if TYPE_CHECKING:
+    from mm.decoder import TextDecoder
 
 
 @dataclass(frozen=True)
@@ -33,12 +37,13 @@ class Search:
 
 
 @torch.no_grad()
-def beam_search(model: Any, ids: Tensor | Sequence[Sequence[int]], *, beams: int = 4, max_tokens: int = 128,
-                length_penalty: float = 1.0, eos: Sequence[int] | None = None, **inputs: Tensor) -> list[Found]:
+def beam_search(model: TextDecoder, ids: Tensor | Sequence[Sequence[int]], *, beams: int = 4, max_tokens: int = 128,
+                length_penalty: float = 1.0, eos: Sequence[int] | None = None, memory: Memory | None = None
+                ) -> list[Found]:
     """The best continuation of each row of ids (B, T) or rows of any lengths, without the end token.
 
-    model: anything with `hidden(ids, mask=, state=)`, `logits` and `init_state`; `inputs` (B, ...) go to every call of
-    `hidden`, a row for each beam (the memory of an encoder). Raises InputError for prompts that do not fit.
+    memory: what an encoder made for each row, for a decoder that reads one. Raises InputError for prompts that do not
+    fit.
     """
     rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
     if beams < 1 or max_tokens < 1:
@@ -47,11 +52,11 @@ def beam_search(model: Any, ids: Tensor | Sequence[Sequence[int]], *, beams: int
         check_prompt(row, model.spec.context, model.spec.embed.vocab)
     ends = set(default_eos(model) if eos is None else eos)
     room = min(max_tokens, model.spec.context + 1 - max(map(len, rows)))
-    state, logits = prefill(model, rows, room, inputs)
+    state, logits = prefill(model, rows, room, memory)
     device = logits.device
     each = torch.arange(len(rows), device=device).repeat_interleave(beams)
     state, logits = state.select(each), logits.index_select(0, each)
-    inputs = {name: value.index_select(0, each) for name, value in inputs.items()}
+    memory = memory and memory.select(each)
     searches = [Search([([], 0.0)] + [([], -1e9)] * (beams - 1)) for _ in rows]
     for step in range(1, room + 1):
         picks = candidates(logits, searches, beams, keep=max(2, 1 + len(ends)) * beams)
@@ -63,12 +68,13 @@ def beam_search(model: Any, ids: Tensor | Sequence[Sequence[int]], *, beams: int
         if step == room or all(search.done for search in searches):
             break
         state = state.select(torch.tensor(origin, device=device))
-        hidden = model.hidden(torch.tensor(token, device=device)[:, None], state=state, **inputs)
+        hidden = model.hidden(torch.tensor(token, device=device)[:, None], state=state, memory=memory)
         logits = model.logits(hidden)[:, -1]
     return [search.found[0] for search in searches]
 
 
-def prefill(model: Any, rows: list[list[int]], room: int, inputs: dict[str, Tensor]) -> tuple[StackState, Tensor]:
+def prefill(model: TextDecoder, rows: list[list[int]], room: int, memory: Memory | None
+            ) -> tuple[StackState, Tensor]:
     """The state after the prompts, and the logits (B, V) of each row's next token."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
@@ -77,7 +83,7 @@ def prefill(model: Any, rows: list[list[int]], room: int, inputs: dict[str, Tens
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     last = torch.tensor(lengths, device=device)
     mask = torch.arange(longest, device=device) < last[:, None]
-    hidden = model.hidden(ids, mask=mask, state=state, **inputs)
+    hidden = model.hidden(ids, mask=mask, state=state, memory=memory)
     return state, model.logits(hidden[torch.arange(len(rows), device=device), last - 1])
 
 

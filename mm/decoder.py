@@ -13,6 +13,7 @@ from mm.embed import Embedding, LMHead
 from mm.errors import InputError
 from mm.families import FAMILIES
 from mm.generate import Output, Prompts, generate, stream
+from mm.memory import Memory
 from mm.pretrained import Pretrained
 from mm.sampling import GREEDY, Sampling
 from mm.speculate import Proposer
@@ -36,24 +37,25 @@ class TextDecoder(Pretrained):
 
     def forward(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                 documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
-                rows: Tensor | None = None) -> Tensor:
+                rows: Tensor | None = None, memory: Tensor | Memory | None = None) -> Tensor:
         """Logits (B, T, V); see `hidden` for the arguments."""
         return self.logits(self.hidden(ids, embeddings=embeddings, positions=positions, documents=documents, mask=mask,
-                                       state=state, rows=rows))
+                                       state=state, rows=rows, memory=memory))
 
     def hidden(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
-               rows: Tensor | None = None) -> Tensor:
+               rows: Tensor | None = None, memory: Tensor | Memory | None = None) -> Tensor:
         """(B, T, D) after the final norm.
 
         embeddings: (B, T, D) in place of ids (`embed.look_up` makes those of text). positions: (B, T), -1 for padding,
         or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
         which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
-        rows: (B,) bool, those that advance. Raises InputError on wrong shapes or dtypes; values are not read.
+        rows: (B,) bool, those that advance. memory: (B, S, M) of an encoder, or `remember` of it, once for many steps.
+        Raises InputError on wrong shapes or dtypes; values are not read.
         """
         shape = self.check(ids, embeddings, positions, documents, mask)
         at = self.where(shape, positions, documents, mask, state, rows)
-        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows)
+        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows, memory=memory)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V)."""
@@ -106,6 +108,9 @@ class TextDecoder(Pretrained):
         for name, value in (("positions", positions), ("documents", documents), ("mask", mask)):
             if value is not None and tuple(value.shape[:2]) != shape:
                 raise InputError(f"{name} {tuple(value.shape)} do not fit tokens {shape}")
+        table = self.spec.embed.positions
+        if table is not None and positions is None and documents is None and shape[1] > table.rows:
+            raise InputError(f"{shape[1]} tokens are more than the {table.rows} positions of this decoder")
         if mask is not None and documents is not None:
             raise InputError("packed documents mark padding by document -1, not by a mask")
         return shape

@@ -16,12 +16,13 @@ from mm.visibility import At
 
 
 class Embedding(nn.Module):
-    """ids (B, T) or embeddings (B, T, D), and where they are -> (B, T, D)."""
+    """ids (B, T) or embeddings (B, T, D), and where they are -> (B, T, D). `shared`: another module holds the table of
+    tokens, and this one is given embeddings."""
 
-    def __init__(self, dim: int, settings: spec.Embed):
+    def __init__(self, dim: int, settings: spec.Embed, *, shared: bool = False):
         super().__init__()
         self.settings = s = settings
-        self.tokens = Table(s.vocab, dim)
+        self.tokens = None if shared else Table(s.vocab, dim)
         self.positions = LearnedPositions(s.positions.rows, dim, s.positions.start) if s.positions else None
         self.types = Table(s.types, dim) if s.types else None
         self.norm = build_norm(s.norm, dim)

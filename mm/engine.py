@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import InputError
+from mm.memory import Memory
 from mm.sampling import GREEDY, Sampling, choose, controls
 from mm.state import StackState
 from mm.stop import TextStream
@@ -32,6 +33,7 @@ class Request:
     stream: TextStream
     on_text: Callable[[str], None] | None = None
     prefix: Prefix | None = None
+    memory: Callable[[], Memory] | None = None
     out: list[int] = field(default_factory=list)
     reason: Reason | None = None
 
@@ -71,12 +73,13 @@ class Engine:
     token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step.
 
     eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
-    one step; texts do not depend on it. compiled: run the decode step through torch.compile.
+    one step; texts do not depend on it. compiled: run the decode step through torch.compile. remembered: the longest
+    memory of a request in tokens, for a decoder that reads an encoder.
     """
 
     def __init__(self, model: TextDecoder, slots: int, length: int | None = None, chunk: int = 256, *,
                  eos: Sequence[int] | None = None, speculate: Proposer | None = None,
-                 cache: Literal["full", "int8"] = "full", compiled: bool = False):
+                 cache: Literal["full", "int8"] = "full", compiled: bool = False, remembered: int = 0):
         self.length = model.spec.context if length is None else length
         if not 0 < self.length <= model.spec.context:
             raise InputError(f"rows of {self.length} tokens do not fit the model's context of {model.spec.context}")
@@ -91,6 +94,7 @@ class Engine:
         self.token = torch.zeros(slots, dtype=torch.long, device=self.device)
         self.active = torch.zeros(slots, dtype=torch.bool, device=self.device)
         self.seen: Tensor | None = None
+        self.memory = model.stack.room(slots, remembered) if remembered else None
         self.rows: list[Request | None] = [None] * slots
         self.waiting: deque[Request] = deque()
         self.filling: Filling | None = None
@@ -104,8 +108,9 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- requests
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY, *, prefix: Prefix | None = None,
-               on_text: Callable[[str], None] | None = None) -> Request:
-        """A prompt in line for the next free row; with a `prefix` that it begins with, only the rest is read."""
+               on_text: Callable[[str], None] | None = None, memory: Callable[[], Memory] | None = None) -> Request:
+        """A prompt in line for the next free row; with a `prefix` that it begins with, only the rest is read. memory:
+        gives what an encoder made for it (one row), called when the row is free."""
         prompt = [int(i) for i in prompt]
         check_prompt(prompt, self.length, self.vocab)
         if sampling.stop and self.model.tokenizer is None:
@@ -114,7 +119,11 @@ class Engine:
             self.state.match(prefix.state.fingerprint)
             if tuple(prompt[:len(prefix.ids)]) != prefix.ids or len(prompt) == len(prefix.ids):
                 raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on")
-        request = Request(prompt, sampling, TextStream(self.model.tokenizer, prompt, sampling.stop), on_text, prefix)
+        if (memory is None) != (self.memory is None):
+            raise InputError("an engine with room for memories needs one for every prompt, and others take none")
+        said = prompt if memory is None else ()
+        request = Request(prompt, sampling, TextStream(self.model.tokenizer, said, sampling.stop), on_text, prefix,
+                          memory)
         self.waiting.append(request)
         return request
 
@@ -131,7 +140,7 @@ class Engine:
         """Read the beginning that many prompts share."""
         check_prompt(ids, self.length, self.vocab)
         state = self.new_state(1)
-        self.read(torch.tensor([list(ids)], device=self.device), None, state)
+        self.model.hidden(torch.tensor([list(ids)], device=self.device), state=state)
         return Prefix(tuple(ids), state)
 
     def load_prefix(self, ids: Sequence[int], path: str | Path) -> Prefix:
@@ -171,7 +180,7 @@ class Engine:
 
     def plain_step(self) -> Tensor:
         """One token of every row (B,): static shapes and nothing read back."""
-        hidden = self.model.hidden(self.token[:, None], state=self.state, rows=self.active)
+        hidden = self.model.hidden(self.token[:, None], state=self.state, rows=self.active, memory=self.memory)
         token = choose(self.model.logits(hidden)[:, 0], self.settings, self.state.offset, self.seen)
         self.token.copy_(torch.where(self.active, token, self.token))
         self.note(self.token)
@@ -189,7 +198,7 @@ class Engine:
         start = self.state.offset.clone()
         ids = torch.cat([self.token[:, None], drafts], 1)
         fits = start[:, None] + torch.arange(ids.shape[1], device=self.device) < self.length
-        hidden = self.model.hidden(ids, mask=fits, state=self.state, rows=self.active)
+        hidden = self.model.hidden(ids, mask=fits, state=self.state, rows=self.active, memory=self.memory)
         logits = self.model.logits(hidden)
         right, chosen = self.active, []
         count = torch.zeros_like(start)
@@ -218,6 +227,8 @@ class Engine:
         rest = []
         for row, (i, request) in enumerate(zip(free, requests, strict=True)):
             self.rows[i] = request
+            if request.memory is not None:
+                self.memory.insert(i, request.memory())
             skip = 0
             if request.prefix is not None:
                 state.insert(torch.tensor([row], device=self.device), request.prefix.state)
@@ -246,7 +257,8 @@ class Engine:
         stop = work.done + self.chunk
         ids = work.ids[:, work.done:stop]
         steps = torch.arange(work.done, work.done + ids.shape[1], device=self.device)
-        hidden = self.read(ids, steps < work.lengths[:, None], work.state)
+        hidden = self.model.hidden(ids, mask=steps < work.lengths[:, None], state=work.state,
+                                   memory=self.memory and self.memory.select(torch.tensor(work.slots)))
         lengths = work.lengths.tolist()
         ended = [row for row, length in enumerate(lengths)
                  if work.done < length <= stop and self.rows[work.slots[row]] is not None]
@@ -273,10 +285,6 @@ class Engine:
             if self.proposer is not None:
                 self.proposer.begin(slot, self.rows[slot].prompt)
             self.accept(slot, [one])
-
-    def read(self, ids: Tensor, mask: Tensor | None, state: StackState) -> Tensor:
-        """Prompt tokens (n, T) -> hidden (n, T, D)."""
-        return self.model.hidden(ids, mask=mask, state=state)
 
     def accept(self, slot: int, tokens: list[int]) -> None:
         """New tokens of a row, up to the one that ends it."""

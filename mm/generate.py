@@ -10,6 +10,7 @@ from torch import Tensor
 
 from mm.engine import Engine, Reason, check_prompt
 from mm.errors import InputError
+from mm.memory import Memory
 from mm.sampling import GREEDY, Sampling
 
 if TYPE_CHECKING:
@@ -31,11 +32,13 @@ class Output:
 
 def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *,
              slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None,
-             on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+             on_text: Callable[[int, str], None] | None = None, eos: Sequence[int] | None = None,
+             memories: Sequence[Callable[[], Memory]] = (), remembered: int = 0) -> list[Output]:
     """One `Output` per prompt: a text, texts, ids (B, T), or rows of ids of any lengths.
 
     sampling: for all, or one per prompt. slots: rows at a time (default: all). on_text(prompt's number, text) is called
-    with every piece of text. Raises InputError for prompts that do not fit the model.
+    with every piece of text. eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a decoder
+    that reads an encoder. Raises InputError for prompts that do not fit the model.
     """
     rows = prompt_ids(model, prompts)
     settings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
@@ -45,9 +48,11 @@ def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence
         check_prompt(ids, model.spec.context, model.spec.embed.vocab)
     length = max(len(ids) + one.max_tokens for ids, one in zip(rows, settings, strict=True))
     engine = Engine(model, min(slots or len(rows), len(rows)), min(length, model.spec.context), chunk,
-                    speculate=speculate)
-    requests = [engine.submit(ids, one, on_text=None if on_text is None else lambda piece, i=i: on_text(i, piece))
-                for i, (ids, one) in enumerate(zip(rows, settings, strict=True))]
+                    speculate=speculate, eos=eos, remembered=remembered)
+    memories = memories or [None] * len(rows)
+    requests = [engine.submit(ids, one, on_text=None if on_text is None else lambda piece, i=i: on_text(i, piece),
+                              memory=memory)
+                for i, (ids, one, memory) in enumerate(zip(rows, settings, memories, strict=True))]
     training = model.training
     model.eval()
     try:
@@ -71,8 +76,9 @@ def stream(model: TextDecoder, prompt: str | Sequence[int] | Tensor, sampling: S
         pieces.clear()
 
 
-def prompt_ids(model: TextDecoder, prompts: Prompts) -> list[list[int]]:
-    """Prompts as rows of ids; texts get the start token that their tokenizer puts before a text."""
+def prompt_ids(model: TextDecoder, prompts: Prompts, *, whole: bool = False) -> list[list[int]]:
+    """Prompts as rows of ids; texts get the start token that their tokenizer puts before a text, and where they are
+    `whole`, not to be gone on with, also the end token."""
     if isinstance(prompts, str):
         prompts = [prompts]
     if isinstance(prompts, Tensor):
@@ -94,4 +100,5 @@ def prompt_ids(model: TextDecoder, prompts: Prompts) -> list[list[int]]:
                          f"{model.spec.embed.vocab}: they do not belong together")
     if any(not text for text in prompts):
         raise InputError("the prompt is empty")
-    return [[*tokenizer.prefix, *tokenizer.encode(text)] for text in prompts]
+    suffix = tokenizer.suffix if whole else ()
+    return [[*tokenizer.prefix, *tokenizer.encode(text), *suffix] for text in prompts]

@@ -6,7 +6,11 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from mm.visibility import At
+from mm.errors import InputError
+from mm.tree import register
+from mm.visibility import EMPTY, At
+
+Pairs = tuple[tuple[Tensor, Tensor] | None, ...]
 
 
 @dataclass(frozen=True)
@@ -14,7 +18,7 @@ class Memory:
     """Made by `Transformer.remember`. layers: for each block (k (B, K, S, E), v (B, K, S, F)), None where a block has
     no cross-attention; at: where the S tokens are."""
 
-    layers: tuple[tuple[Tensor, Tensor] | None, ...]
+    layers: Pairs
     at: At
     fingerprint: str
 
@@ -23,3 +27,17 @@ class Memory:
         layers = tuple(None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.layers)
         at = self.at if self.at.position.shape[0] == 1 else At(self.at.position[rows], regular=self.at.regular)
         return Memory(layers, at, self.fingerprint)
+
+    def insert(self, row: int, other: Memory) -> None:
+        """Overwrite one row by the only row of a memory that is no longer. Raises InputError where it is."""
+        length, room = other.at.position.shape[1], self.at.position.shape[1]
+        if length > room or other.fingerprint != self.fingerprint:
+            raise InputError(f"a memory of {length} tokens does not fit one of {room} tokens of this stack")
+        self.at.position[row, :length] = other.at.position[0]
+        self.at.position[row, length:] = EMPTY
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for held, new in zip(mine or (), theirs or (), strict=True):
+                held[row, :, :length] = new[0]
+
+
+register(Memory, meta=("fingerprint",))

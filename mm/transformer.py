@@ -74,6 +74,15 @@ class Transformer(nn.Module):
         layers = tuple(block.cross.remember(memory) if block.cross else None for block in self.blocks)
         return Memory(layers, at, self.fingerprint)
 
+    def room(self, rows: int, length: int) -> Memory:
+        """An empty memory of as many rows, for up to `length` tokens each, which `Memory.insert` fills."""
+        here = next(self.parameters())
+        empty = At(torch.full((rows, length), EMPTY, dtype=torch.long, device=here.device))
+        layers = tuple(block.cross and tuple(torch.zeros(
+            rows, block.cross.cached[0], length, width, dtype=here.dtype, device=here.device)
+            for width in block.cross.cached[1:]) for block in self.blocks)
+        return Memory(layers, empty, self.fingerprint)
+
     def features(self, x: Tensor, layers: Sequence[int], at: At | None = None) -> list[Tensor]:
         """The residual stream after each of these blocks (negative counts from the end), before the final norm."""
         outputs = self.run(x, at, None, None, None, None, keep=True)

@@ -8,10 +8,12 @@ from typing import Any
 
 from mm import checkpoint
 from mm.errors import InputError
+from mm.families.bart import NAMES as BART_NAMES
+from mm.families.bart import layer_rules
 from mm.families.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF
 from mm.family import Extras, Families, Family, Keys, ensure_kept
 from mm.spec import CAUSAL, EVERYWHERE, Attention, DecoderSpec, Embed, Layer, LayerNorm, LearnedTable, Mlp, Stack
-from mm.tables import IDENTITY, Rule, Table, fused, rule
+from mm.tables import IDENTITY, Rule, Table, rule
 
 from ..logmel import LogMel
 from ..spec_whisper import WhisperSpec
@@ -91,39 +93,18 @@ def names_of(layout: str, spec: WhisperSpec) -> Table:
     rules: list[Rule] = [rule(f"{n['encoder']}{conv}.{{x}}", f"encoder.{conv}.{{x}}") for conv in ("conv1", "conv2")]
     rules += [rule(n["encoder"] + n["audio_positions"], "encoder.positions"),
               rule(n["encoder"] + n["audio_norm"] + ".{x}", "encoder.stack.final_norm.{x}"),
-              rule(n["decoder"] + n["tokens"] + ".weight", "embed.tokens.weight"),
-              rule(n["decoder"] + n["text_positions"], "embed.positions.weight"),
-              rule(n["decoder"] + n["text_norm"] + ".{x}", "stack.final_norm.{x}")]
-    for side, ours in (("encoder", "encoder.stack."), ("decoder", "stack.")):
-        rules += block(f"{n[side]}{n['blocks']}.{{n}}.", f"{ours}blocks.{{n}}.", n, spec.encoder.dim, side == "decoder")
+              rule(n["decoder"] + n["tokens"] + ".weight", "decoder.embed.tokens.weight"),
+              rule(n["decoder"] + n["text_positions"], "decoder.embed.positions.weight"),
+              rule(n["decoder"] + n["text_norm"] + ".{x}", "decoder.stack.final_norm.{x}")]
+    for side, stack in (("encoder", spec.encoder), ("decoder", spec.decoder.stack)):
+        rules += layer_rules(f"{n[side]}{n['blocks']}.{{n}}.", f"{side}.stack.blocks.{{n}}.", n, stack.layers[0])
     return Table(tuple(rules), {"proj_out.weight": "a copy of the token embeddings, to which the head is tied"})
 
 
-def block(theirs: str, ours: str, n: Mapping[str, str], dim: int, text: bool) -> list[Rule]:
-    def part(attention: str, name: str, kind: str) -> str:
-        return f"{theirs}{n[attention]}.{n[name]}.{kind}"
-    rules = [
-        rule(tuple(part("self", name, "weight") for name in "qkv"), ours + "mixer.qkv.weight", fused(dim, dim, dim)),
-        rule(tuple(part("self", name, "bias") for name in "qv"), ours + "mixer.qkv.bias", fused(dim, dim)),
-        rule(part("self", "out", "{x}"), ours + "mixer.out.{x}"),
-        *(rule(f"{theirs}{n[name]}.{{x}}", f"{ours}{name}.{{x}}")
-          for name in ("mixer_norm", "mlp_norm", "mlp.up", "mlp.down"))]
-    if text:
-        rules += [
-            rule(part("cross", "q", "{x}"), ours + "cross.q.{x}"),
-            rule(tuple(part("cross", name, "weight") for name in "kv"), ours + "cross.kv.weight", fused(dim, dim)),
-            rule(part("cross", "v", "bias"), ours + "cross.kv.bias"),
-            rule(part("cross", "out", "{x}"), ours + "cross.out.{x}"),
-            rule(f"{theirs}{n['cross_norm']}.{{x}}", ours + "cross_norm.{x}")]
-    return rules
-
-
 NAMES = {
-    "hf": {"encoder": "model.encoder.", "decoder": "model.decoder.", "blocks": "layers", "tokens": "embed_tokens",
+    "hf": {**BART_NAMES, "encoder": "model.encoder.", "decoder": "model.decoder.", "tokens": "embed_tokens",
            "audio_positions": "embed_positions.weight", "text_positions": "embed_positions.weight",
-           "audio_norm": "layer_norm", "text_norm": "layer_norm", "self": "self_attn", "cross": "encoder_attn",
-           "q": "q_proj", "k": "k_proj", "v": "v_proj", "out": "out_proj", "mixer_norm": "self_attn_layer_norm",
-           "cross_norm": "encoder_attn_layer_norm", "mlp_norm": "final_layer_norm", "mlp.up": "fc1", "mlp.down": "fc2"},
+           "audio_norm": "layer_norm", "text_norm": "layer_norm"},
     "openai": {"encoder": "encoder.", "decoder": "decoder.", "blocks": "blocks", "tokens": "token_embedding",
                "audio_positions": "positional_embedding", "text_positions": "positional_embedding",
                "audio_norm": "ln_post", "text_norm": "ln", "self": "attn", "cross": "cross_attn",

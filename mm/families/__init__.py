@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mm import checkpoint
+from mm.families.bart import BART
 from mm.families.bert import BERT_KINDS
 from mm.families.gemma import GEMMA_KINDS
 from mm.families.gguf import read_gguf
@@ -16,8 +17,9 @@ from mm.families.llama4 import LLAMA4
 from mm.families.modernbert import MODERNBERT
 from mm.families.moe import MOE_KINDS
 from mm.families.phi import PHI_KINDS
+from mm.families.t5 import T5
 from mm.family import Extras, Families, Family
-from mm.spec import DecoderSpec, EncoderSpec
+from mm.spec import DecoderSpec, EncoderSpec, Seq2SeqSpec
 from mm.tables import IDENTITY
 
 
@@ -32,8 +34,9 @@ def own(kind: str, settings: type) -> Family:
         from_spec=lambda spec: checkpoint.pack(kind, spec))
 
 
-FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder"}, {
+FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
     "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2,
                 *MOE_KINDS, GPT_OSS, LLAMA4),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
+    "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),
 }, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})

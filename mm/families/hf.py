@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mm.errors import InputError
-from mm.family import Keys
+from mm.family import Extras, Keys
 from mm.spec import Attention as AttentionSpec
 from mm.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
 from mm.tables import Rule, Way, fused, rule
@@ -39,6 +39,16 @@ def act_of(keys: Keys, name: str = "hidden_act", default: Any = ...) -> str:
     if act not in ACTS:
         raise InputError(f"{keys.where}: {name} should be one of {', '.join(ACTS)}, not {act!r}")
     return ACTS[act]
+
+
+def answer_ids(keys: Keys, start: int, end: int) -> dict[str, Any]:
+    """What an encoder-decoder's answers begin and end with: `start` and `end` of its spec."""
+    first, forced = keys.take("decoder_start_token_id", int, start), keys.take("forced_bos_token_id", int, None)
+    return {"start": (first,) if forced is None else (first, forced), "end": keys.take("eos_token_id", int, end)}
+
+
+def padding_id(extras: Extras) -> dict[str, Any]:
+    return {} if extras.tokenizer is None else {"pad_token_id": extras.tokenizer.pad_id}
 
 
 def rope_of(keys: Keys, context: int, theta: float = 10000.0, *, head_dim: int | None = None,

@@ -26,4 +26,5 @@ from mm.spec.positions import (
     Sight,
     Yarn,
 )
+from mm.spec.seq2seq import Seq2SeqSpec, check_memory
 from mm.spec.stack import Layer, Stack, attention, drop_path_ramp
