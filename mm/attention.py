@@ -13,6 +13,7 @@ from mm import spec
 from mm.kernels import attend
 from mm.kernels.problem import Bias
 from mm.linear import FusedLinear, Linear
+from mm.moe import Route
 from mm.norm import build_norm
 from mm.rope import Turn
 from mm.state import KVCache, Write
@@ -23,7 +24,7 @@ from mm.visibility import At
 class Scene:
     """What one attention layer is shown beside its input: where the tokens are, the rotation of this layer's rope, the
     shared position bias, and, when streaming, this layer's cache with the slots to write and, for a few tokens, what
-    they see there."""
+    they see there. `routes` gets the route of this layer's mixture of experts, where somebody asked for it."""
 
     at: At
     turn: Turn | None = None
@@ -31,6 +32,7 @@ class Scene:
     cache: KVCache | None = None
     write: Write | None = None
     seen: Tensor | None = None
+    routes: list[Route] | None = None
 
 
 class Heads(nn.Module):

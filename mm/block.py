@@ -12,7 +12,7 @@ from mm import spec
 from mm.attention import Attention, CrossAttention, DifferentialAttention, Scene
 from mm.latent import LatentAttention
 from mm.linear import add, multiply
-from mm.moe import build_mlp
+from mm.moe import Moe, build_mlp
 from mm.norm import build_norm
 from mm.visibility import At
 
@@ -48,15 +48,18 @@ class Block(nn.Module):
         if self.layer.placement.startswith("parallel"):
             y = self.mixer_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            mixed, other = self.branch(self.mixer(y, scene), self.mixer_scale), self.branch(self.mlp(z), self.mlp_scale)
-            return add(add(mixed, other), x)
+            mixed = self.branch(self.mixer(y, scene), self.mixer_scale)
+            return add(add(mixed, self.branch(self.think(z, scene), self.mlp_scale)), x)
         x = self.add(x, lambda y: self.mixer(y, scene), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
         if self.cross is not None:
             x = self.add(x, lambda y: self.cross(y, scene.at, memory, memory_at), self.cross_norm, self.cross_post_norm,
                          self.cross_scale)
         if self.mlp is not None:
-            x = self.add(x, self.mlp, self.mlp_norm, self.mlp_post_norm, self.mlp_scale)
+            x = self.add(x, lambda y: self.think(y, scene), self.mlp_norm, self.mlp_post_norm, self.mlp_scale)
         return x
+
+    def think(self, x: Tensor, scene: Scene) -> Tensor:
+        return self.mlp(x, scene.routes) if isinstance(self.mlp, Moe) else self.mlp(x)
 
     def add(self, x: Tensor, f: Callable[[Tensor], Tensor], norm: nn.Module, post_norm: nn.Module,
             scale: Tensor | None) -> Tensor:

@@ -14,6 +14,7 @@ from mm.errors import InputError
 from mm.families import FAMILIES
 from mm.generate import Output, Prompts, generate, stream
 from mm.memory import Memory
+from mm.moe import Route
 from mm.pretrained import Pretrained
 from mm.sampling import GREEDY, Sampling
 from mm.speculate import Proposer
@@ -44,18 +45,20 @@ class TextDecoder(Pretrained):
 
     def hidden(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
-               rows: Tensor | None = None, memory: Tensor | Memory | None = None) -> Tensor:
+               rows: Tensor | None = None, memory: Tensor | Memory | None = None,
+               routes: list[Route] | None = None) -> Tensor:
         """(B, T, D) after the final norm.
 
         embeddings: (B, T, D) in place of ids (`embed.look_up` makes those of text). positions: (B, T), -1 for padding,
         or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
         which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
         rows: (B,) bool, those that advance. memory: (B, S, M) of an encoder, or `remember` of it, once for many steps.
-        Raises InputError on wrong shapes or dtypes; values are not read.
+        routes: a list that gets the route of every mixture of experts (`mm.balance`). Raises InputError on wrong shapes
+        or dtypes; values are not read.
         """
         shape = self.check(ids, embeddings, positions, documents, mask)
         at = self.where(shape, positions, documents, mask, state, rows)
-        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows, memory=memory)
+        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows, memory=memory, routes=routes)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V)."""

@@ -107,9 +107,13 @@ class Moe(nn.Module):
         self.experts = Experts(dim, settings.experts, settings.expert)
         self.shared = Mlp(dim, settings.shared) if settings.shared else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, routes: list[Route] | None = None) -> Tensor:
+        """routes: a list that gets the route of this pass."""
         flat = x.reshape(-1, x.shape[-1])
-        mixed = self.mix(flat, self.router(flat)).view(x.shape)
+        route = self.router(flat)
+        if routes is not None:
+            routes.append(route)
+        mixed = self.mix(flat, route).view(x.shape)
         return mixed if self.shared is None else add(self.shared(x), mixed)
 
     def mix(self, x: Tensor, route: Route) -> Tensor:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -16,6 +17,7 @@ from mm.block import Block
 from mm.errors import InputError
 from mm.kernels.tiled import FEW
 from mm.memory import Memory
+from mm.moe import Route
 from mm.norm import build_norm
 from mm.positions import build_bias
 from mm.spec import attention
@@ -59,11 +61,17 @@ class Transformer(nn.Module):
         self.checkpointed = frozenset(range(0, len(self.blocks), every)) if every else frozenset()
 
     def forward(self, x: Tensor, at: At | None = None, *, state: StackState | None = None, rows: Tensor | None = None,
-                memory: Tensor | Memory | None = None, memory_at: At | None = None) -> Tensor:
+                memory: Tensor | Memory | None = None, memory_at: At | None = None,
+                routes: list[Route] | None = None) -> Tensor:
         """at: where the tokens are (default 0..T-1). state: continue a stream, rows (B,) bool says which rows advance.
-        memory: (B, S, M) for cross-attention, or what `remember` made of it. Raises InputError on wrong shapes
-        or a foreign state."""
-        return self.final_norm(self.run(x, at, state, rows, memory, memory_at)[-1])
+        memory: (B, S, M) for cross-attention, or what `remember` made of it. routes: a list that gets the route of
+        every mixture of experts, in layer order, checkpointed blocks included. Raises InputError on wrong shapes or a
+        foreign state."""
+        boxes = [[] for _ in self.blocks] if routes is not None else None
+        out = self.final_norm(self.run(x, at, state, rows, memory, memory_at, boxes=boxes)[-1])
+        if routes is not None:
+            routes.extend(box[0] for box in boxes if box)  # a checkpointed block fills its box again, going back
+        return out
 
     def remember(self, memory: Tensor, memory_at: At | None = None) -> Memory:
         """(B, S, M) -> its keys and values in every layer, for many calls. Raises InputError on a wrong width."""
@@ -89,9 +97,12 @@ class Transformer(nn.Module):
         return [outputs[i + 1 if i >= 0 else i] for i in layers]
 
     def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None,
-            memory: Tensor | Memory | None, memory_at: At | None, keep: bool = False) -> list[Tensor]:
+            memory: Tensor | Memory | None, memory_at: At | None, keep: bool = False,
+            boxes: list[list[Route]] | None = None) -> list[Tensor]:
         """[input and output of every block] when they are kept, otherwise [the last]."""
         self.check(x, at, memory)
+        if state is not None and boxes is not None:
+            raise InputError("routes are those of a whole pass, not of one with a state")
         if state is not None:
             check_state(state, self.fingerprint, len(x), rows)
             if state.chunk is not None and x.shape[1] > state.chunk:
@@ -104,8 +115,10 @@ class Transformer(nn.Module):
             memory_at = memory.at
         elif memory is not None and memory_at is None:
             memory_at = along(*memory.shape[:2], device=x.device)
-        outputs = [x]
-        for i, (block, scene, memory) in enumerate(zip(self.blocks, self.scenes(at, state), memories, strict=True)):
+        scenes, outputs = self.scenes(at, state), [x]
+        if boxes is not None:
+            scenes = [replace(scene, routes=box) for scene, box in zip(scenes, boxes, strict=True)]
+        for i, (block, scene, memory) in enumerate(zip(self.blocks, scenes, memories, strict=True)):
             if i in self.checkpointed and torch.is_grad_enabled():
                 x = checkpoint(block, x, scene, memory, memory_at, use_reentrant=False)
             else:
