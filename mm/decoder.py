@@ -6,9 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm import spec
+from mm.ahead import AheadHead, look_ahead
 from mm.embed import Embedding, LMHead
 from mm.errors import InputError
 from mm.families import FAMILIES
@@ -35,6 +36,7 @@ class TextDecoder(Pretrained):
         self.embed = Embedding(dim, settings.embed)
         self.stack = Transformer(settings.stack)
         self.head = LMHead(dim, settings.embed.vocab, settings.head)
+        self.ahead = nn.ModuleList(AheadHead(dim, layer) for layer in settings.ahead)
 
     def forward(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                 documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
@@ -63,6 +65,13 @@ class TextDecoder(Pretrained):
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V)."""
         return self.head(hidden, self.embed.tokens.weight)
+
+    def look_ahead(self, ids: Tensor, hidden: Tensor, *, positions: Tensor | None = None,
+                   documents: Tensor | None = None, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
+        """What head k = 1, 2, ... makes of ids (B, T) and what `hidden` made of them, called with the same arguments:
+        (hidden (B, T - k, D), rows that exist (B, T - k) bool). `logits` of row t are for the token at t + k + 1."""
+        at = self.where(self.check(ids, None, positions, documents, mask), positions, documents, mask, None, None)
+        return look_ahead(self.ahead, self.embed, ids, hidden, at)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
                    device: torch.device | str | None = None, cache: Literal["full", "int8"] = "full") -> StackState:

@@ -7,6 +7,7 @@ from typing import Any
 from mm import checkpoint
 from mm.families.bart import BART
 from mm.families.bert import BERT_KINDS
+from mm.families.deepseek import DEEPSEEK_KINDS
 from mm.families.gemma import GEMMA_KINDS
 from mm.families.gguf import read_gguf
 from mm.families.gpt2 import GPT2
@@ -36,7 +37,7 @@ def own(kind: str, settings: type) -> Family:
 
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
     "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2,
-                *MOE_KINDS, GPT_OSS, LLAMA4),
+                *MOE_KINDS, GPT_OSS, LLAMA4, *DEEPSEEK_KINDS),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
     "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),
 }, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})

@@ -29,7 +29,8 @@ class Size:
 class Kind:
     """One decoder of transformers, by the `model_type` of its config and the `name` of its class. `layers` reads the
     layers and `config` writes the keys for them; `rules(theirs, ours, spec)` name the weights of block {n}, after
-    these prefixes; `defaults` are keys that its files leave out; `ignored` are weights as in a `Table`."""
+    these prefixes; `ahead` reads the layers of heads that look ahead; `defaults` are keys that its files leave out;
+    `ignored` are weights as in a `Table`."""
 
     model_type: str
     name: str
@@ -38,6 +39,7 @@ class Kind:
     rules: Callable[[str, str, DecoderSpec], list[Rule]]
     embed: Callable[[Keys, Size], Embed] = lambda keys, size: Embed(vocab=keys.positive("vocab_size"))
     head: Callable[[Keys], LMHead] = lambda keys: LMHead(tied=keys.take("tie_word_embeddings", bool, False))
+    ahead: Callable[[Keys, Sequence[Layer]], tuple[Layer, ...]] = lambda keys, layers: ()
     defaults: Mapping[str, Any] = field(default_factory=dict)
     ignored: Mapping[str, str] = field(default_factory=dict)
 
@@ -58,6 +60,7 @@ def to_spec(kind: Kind, config: Mapping[str, Any], where: str) -> DecoderSpec:
                 keys.positive("max_position_embeddings", 2048))
     layers = tuple(kind.layers(keys, size))
     spec = DecoderSpec(embed=kind.embed(keys, size), context=size.context, head=kind.head(keys),
+                       ahead=kind.ahead(keys, layers),
                        stack=Stack(dim=size.dim, layers=layers, final_norm=layers[0].norm))
     keys.done(HARMLESS)
     return spec

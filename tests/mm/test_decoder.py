@@ -23,8 +23,14 @@ LONG = {"rope_type": "longrope", "rope_theta": 1e4, "original_max_position_embed
         "short_factor": [1.0, 1.5, 2.0, 2.5, 3.0, 3.5], "long_factor": [1.0, 2.0, 4.0, 6.0, 8.0, 9.0]}
 OSS_YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
             "beta_fast": 32.0, "beta_slow": 1.0, "truncate": False}
-# (after a family's name, which of its models); None: the config has no such key. Windows and original contexts are
-# shorter than the texts of every test.
+YARN = {"rope_type": "yarn", "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 16,
+        "mscale": 0.7, "mscale_all_dim": 1.2}
+DEEPSEEK = {"num_key_value_heads": 4, "q_lora_rank": 12, "kv_lora_rank": 16, "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 6, "v_head_dim": 10, "moe_intermediate_size": 20, "n_routed_experts": 8,
+            "n_shared_experts": 2, "num_experts_per_tok": 3, "n_group": 4, "topk_group": 2, "first_k_dense_replace": 1,
+            "routed_scaling_factor": 1.7}
+# (after a family's name, which of its models); None for one of SIZES: the config has no such key. Windows and original
+# contexts are shorter than the texts of every test.
 KINDS = {
     "llama": {"rope_parameters": LLAMA3, "attention_bias": True, "mlp_bias": True},
     "mistral": {"sliding_window": 7, "head_dim": 16},
@@ -58,14 +64,23 @@ KINDS = {
     "llama4_text all": {"num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 16, "use_qk_norm": False,
                         "no_rope_layers": [1, 0, 1], "attention_chunk_size": 7, "attn_temperature_tuning": False,
                         "tie_word_embeddings": True, "rope_parameters": LLAMA3 | {"high_freq_factor": 1.0}},
+    "deepseek_v2": DEEPSEEK | {"topk_method": "group_limited_greedy", "attention_bias": True, "rope_parameters": YARN},
+    "deepseek_v2 lite": DEEPSEEK | {"topk_method": "greedy", "q_lora_rank": None, "attention_bias": True},
+    "deepseek_v3": DEEPSEEK | {"rope_parameters": YARN},
+    "deepseek_v3 direct": DEEPSEEK | {"q_lora_rank": None, "rope_interleave": False, "norm_topk_prob": False},
 }
 
 
 def made(kind):
     """transformers' model of one kind, its weights drawn again."""
-    settings = {name: value for name, value in (SIZES | KINDS[kind]).items() if value is not None}
+    settings = {name: value for name, value in (SIZES | KINDS[kind]).items()
+                if value is not None or name not in SIZES}
     config = transformers.AutoConfig.for_model(kind.split()[0], **settings)
-    return redraw(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    model = redraw(transformers.AutoModelForCausalLM.from_config(config, attn_implementation="eager"))
+    for name, buffer in model.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.normal_(std=0.3)
+    return model
 
 
 @pytest.fixture(scope="module", params=KINDS)
