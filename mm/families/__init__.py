@@ -35,9 +35,10 @@ def own(kind: str, settings: type) -> Family:
         from_spec=lambda spec: checkpoint.pack(kind, spec))
 
 
+SINGLE_FILES = {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c, ("decoder", ".data"): read_llama2c}
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
     "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2,
                 *MOE_KINDS, GPT_OSS, LLAMA4, *DEEPSEEK_KINDS),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
     "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),
-}, ("model*.safetensors", "pytorch_model*.bin"), {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c})
+}, ("model*.safetensors", "pytorch_model*.bin"), SINGLE_FILES)

@@ -1,4 +1,5 @@
-"""llama2.c: a header of seven numbers, then every weight in float32; the vocabulary lies in a second file."""
+"""llama2.c: a header of seven numbers, then every weight in float32; the vocabulary lies in a second file, or after the
+weights (`.data`, as compiled for browsers)."""
 
 from __future__ import annotations
 
@@ -21,7 +22,8 @@ HEADER = struct.Struct("<7i")
 
 
 def read_llama2c(path: Path) -> Opened:
-    """The model in a `.bin` file, with `tokenizer.bin` or `tok*.bin` beside it. Raises InputError."""
+    """The model in a `.bin` file, with `tokenizer.bin` or `tok*.bin` beside it, or in a `.data` file with its
+    vocabulary. Raises InputError."""
     data = path.read_bytes()
     if len(data) < HEADER.size:
         raise InputError(f"{path} is too short for a llama2.c model")
@@ -29,7 +31,9 @@ def read_llama2c(path: Path) -> Opened:
     if min(dim, hidden, depth, heads, kv_heads, context) < 1 or not vocab or dim % heads or heads % kv_heads:
         raise InputError(f"{path} does not begin with the seven numbers of a llama2.c model")
     spec = spec_of(dim, hidden, depth, heads, kv_heads, abs(vocab), context, tied=vocab > 0)
-    return Opened(spec, weights_of(path, data, spec), table(spec), Extras(tokenizer=tokenizer_beside(path, abs(vocab))))
+    weights, rest = weights_of(path, data, spec)
+    tokenizer = tokenizer_of(*read_vocabulary(path, rest, abs(vocab))) if rest else tokenizer_beside(path, abs(vocab))
+    return Opened(spec, weights, table(spec), Extras(tokenizer=tokenizer))
 
 
 def spec_of(dim: int, hidden: int, depth: int, heads: int, kv_heads: int, vocab: int, context: int,
@@ -43,8 +47,8 @@ def spec_of(dim: int, hidden: int, depth: int, heads: int, kv_heads: int, vocab:
                        head=LMHead(tied=tied))
 
 
-def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> Weights:
-    """Weights by name: every kind is one array over the layers."""
+def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> tuple[Weights, bytes]:
+    """(weights by name: every kind is one array over the layers; the bytes after them)."""
     layers, dim = spec.stack.layers, spec.stack.dim
     mixer, mlp, depth = layers[0].mixer, layers[0].mlp, len(layers)
     kv, width = mixer.kv_heads * mixer.head_dim, mixer.head_dim
@@ -53,17 +57,18 @@ def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> Weights:
              ("gate", (depth, mlp.hidden, dim)), ("down", (depth, dim, mlp.hidden)), ("up", (depth, mlp.hidden, dim)),
              ("norm", (dim,)), ("rope", (2, spec.context, width // 2))]
     order += [] if spec.head.tied else [("head", (spec.embed.vocab, dim))]
-    floats = torch.frombuffer(bytearray(data[HEADER.size:]), dtype=torch.float32)
-    needed = sum(torch.Size(shape).numel() for _, shape in order)
-    if floats.numel() < needed:
-        raise InputError(f"{path} holds {floats.numel()} numbers after its header, which asks for {needed}")
+    end = HEADER.size + 4 * sum(torch.Size(shape).numel() for _, shape in order)
+    if len(data) < end:
+        raise InputError(f"{path} has {len(data)} bytes, where its header asks for {end}")
+    floats = torch.frombuffer(bytearray(data[HEADER.size:end]), dtype=torch.float32)
     held: dict[str, Tensor] = {}
     for name, shape in order:
         size = torch.Size(shape).numel()
         value, floats = floats[:size].view(shape), floats[size:]
         one = name in ("embed", "norm", "rope", "head")
         held |= {name: value} if one else {f"{i}.{name}": value[i] for i in range(depth)}
-    return Weights(str(path), {name: tuple(value.shape) for name, value in held.items()}, held.__getitem__)
+    shapes = {name: tuple(value.shape) for name, value in held.items()}
+    return Weights(str(path), shapes, held.__getitem__), data[end:]
 
 
 def table(spec: DecoderSpec) -> Table:
@@ -78,23 +83,26 @@ def table(spec: DecoderSpec) -> Table:
 
 
 def tokenizer_beside(path: Path, vocab: int) -> Tokenizer | None:
-    """A llama2.c vocabulary: the longest token's length, then score, length and bytes of each."""
+    """The vocabulary of this size beside a model."""
     for file in (path.with_name("tokenizer.bin"), *sorted(path.parent.glob("tok*.bin"))):
         if file.is_file() and file != path:
-            tokens, scores = read_vocabulary(file, vocab)
+            tokens, scores = read_vocabulary(file, file.read_bytes(), vocab)
             if len(tokens) == vocab:
-                made = scored_pipeline(tokens, scores)
-                made.add_special_tokens(tokens[:3])
-                settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
-                            "tokenizer_class": "PreTrainedTokenizerFast"}
-                return Tokenizer(pieces=TokenizersFile(made), prefix=(1,), bos_id=1, eos_id=2, pad_id=0,
-                                 settings=settings)
+                return tokenizer_of(tokens, scores)
     return None
 
 
-def read_vocabulary(file: Path, vocab: int) -> tuple[list[str], list[float]]:
-    data, at = file.read_bytes(), 4
-    tokens, scores = [], []
+def tokenizer_of(tokens: list[str], scores: list[float]) -> Tokenizer:
+    made = scored_pipeline(tokens, scores)
+    made.add_special_tokens(tokens[:3])
+    settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
+                "tokenizer_class": "PreTrainedTokenizerFast"}
+    return Tokenizer(pieces=TokenizersFile(made), prefix=(1,), bos_id=1, eos_id=2, pad_id=0, settings=settings)
+
+
+def read_vocabulary(file: Path, data: bytes, vocab: int) -> tuple[list[str], list[float]]:
+    """(tokens, scores): the longest token's length, then score, length and bytes of each. Raises InputError."""
+    at, tokens, scores = 4, [], []
     try:
         while at < len(data) and len(tokens) < vocab:
             score, length = struct.unpack_from("<fi", data, at)
@@ -102,5 +110,7 @@ def read_vocabulary(file: Path, vocab: int) -> tuple[list[str], list[float]]:
             scores.append(score)
             at += 8 + length
     except (struct.error, UnicodeDecodeError) as error:
-        raise InputError(f"{file} is not a llama2.c vocabulary ({error})") from None
+        raise InputError(f"{file} holds no llama2.c vocabulary ({error})") from None
+    if tokens[3:259] == [chr(byte) for byte in range(256)]:  # the first files spell the bytes out
+        tokens[3:259] = [f"<0x{byte:02X}>" for byte in range(256)]
     return ["<unk>", "<s>", "</s>", *(token.replace(" ", "▁") for token in tokens[3:])], scores
