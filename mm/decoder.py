@@ -38,6 +38,10 @@ class TextDecoder(Pretrained):
         self.head = LMHead(dim, settings.embed.vocab, settings.head)
         self.ahead = nn.ModuleList(AheadHead(dim, layer) for layer in settings.ahead)
 
+    def check_files(self, where: str) -> None:
+        if self.tokenizer is not None:
+            self.tokenizer.check_fits(self.spec.embed.vocab, where)
+
     def forward(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                 documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
                 rows: Tensor | None = None, memory: Tensor | Memory | None = None) -> Tensor:

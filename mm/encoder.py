@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
+from mm.checkpoint import SHARD_BYTES
 from mm.embed import Embedding, LMHead
 from mm.errors import InputError
 from mm.families import FAMILIES
@@ -89,12 +90,11 @@ class TextEncoder(Pretrained):
         return [[*tokenizer.prefix, *tokenizer.encode(text)[:room], *tokenizer.suffix] for text in texts]
 
     def check_files(self, where: str) -> None:
-        if self.tokenizer is not None and self.tokenizer.vocab_size > self.spec.embed.vocab:
-            raise InputError(f"{where}: the tokenizer has {self.tokenizer.vocab_size} entries, the embedding only "
-                             f"{self.spec.embed.vocab}")
+        if self.tokenizer is not None:
+            self.tokenizer.check_fits(self.spec.embed.vocab, where)
 
-    def save_pretrained(self, folder: str | Path, layout: str = "mm") -> None:
-        super().save_pretrained(folder, layout)
+    def save_pretrained(self, folder: str | Path, layout: str = "mm", *, shard_bytes: int = SHARD_BYTES) -> None:
+        super().save_pretrained(folder, layout, shard_bytes=shard_bytes)
         if layout == "hf" and self.spec.pooling is not None:
             write_modules(Path(folder), self.spec)
 

@@ -319,8 +319,12 @@ class Engine:
 
 
 def default_eos(model: TextDecoder) -> tuple[int, ...]:
-    end = None if model.tokenizer is None else model.tokenizer.eos_id
-    return () if end is None else (end,)
+    """The ids that end a text by the model's generation settings (Llama 3 and Gemma 3 have several), and the
+    tokenizer's."""
+    ends = model.generation.get("eos_token_id")
+    ends = [*ends] if isinstance(ends, list) else [ends]
+    ends.append(None if model.tokenizer is None else model.tokenizer.eos_id)
+    return tuple(dict.fromkeys(end for end in ends if end is not None))
 
 
 def check_prompt(ids: Sequence[int], context: int, vocab: int) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,13 @@ TRAINING_ONLY = frozenset({"dropout", "drop_path"})
 
 @dataclass(frozen=True)
 class Extras:
-    """What a model's directory holds beside weights and config; None or empty where there is none."""
+    """What a model's directory holds beside weights and config; None or empty where there is none. `generation` is
+    transformers' generation_config.json."""
 
     preprocess: Any = None
     tokenizer: Tokenizer | None = None
     labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

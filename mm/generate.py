@@ -95,9 +95,7 @@ def prompt_ids(model: TextDecoder, prompts: Prompts, *, whole: bool = False) -> 
     tokenizer = model.tokenizer
     if tokenizer is None:
         raise InputError("the model has no tokenizer: give it ids in place of text")
-    if tokenizer.vocab_size > model.spec.embed.vocab:
-        raise InputError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding "
-                         f"{model.spec.embed.vocab}: they do not belong together")
+    tokenizer.check_fits(model.spec.embed.vocab, "generate")
     if any(not text for text in prompts):
         raise InputError("the prompt is empty")
     suffix = tokenizer.suffix if whole else ()

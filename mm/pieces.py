@@ -20,9 +20,10 @@ CACHED_WORDS = 1 << 17
 
 
 class Pieces(Protocol):
-    """Cleaned text to ids and back."""
+    """Cleaned text to ids and back. `plain` counts the entries without tokens that were added to the vocabulary."""
 
     size: int
+    plain: int
     merges: list[tuple[str, str]]
 
     def encode(self, text: str) -> list[int]: ...
@@ -53,6 +54,7 @@ class BytePairs:
         letters = list(byte_alphabet().values())
         tokens = [*letters, *(letter + "</w>" for letter in letters), *(a + b for a, b in merges)]
         self.merges, self.tokens, self.size = list(merges), tokens, len(tokens) + 2
+        self.plain = self.size
         self._split = regex.compile("|".join([*SPECIAL, WORDS]), regex.IGNORECASE)
         self._bytes = {letter: byte for byte, letter in byte_alphabet().items()}
         self._bpe = BPE(vocab=self.vocabulary(), merges=self.merges, end_of_word_suffix="</w>")
@@ -109,6 +111,7 @@ class TokenizersFile:
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer, self.size = tokenizer, tokenizer.get_vocab_size()
+        self.plain = tokenizer.get_vocab_size(with_added_tokens=False)
         self._suffix = getattr(tokenizer.model, "end_of_word_suffix", None)
 
     @cached_property
@@ -157,6 +160,7 @@ class SentencePiece:
         self._processor = SentencePieceProcessor()
         self._processor.LoadFromSerializedProto(model)
         self._model, self.name, self.size, self.merges = model, name, self._processor.GetPieceSize(), []
+        self.plain = self.size
 
     def __reduce__(self) -> tuple[Any, ...]:
         return SentencePiece, (self._model, self.name)
@@ -240,6 +244,14 @@ def scored_pipeline(tokens: Sequence[str], scores: Sequence[float], *, space: bo
     tokenizer.decoder = decoders.Sequence(
         [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), *last])
     return tokenizer
+
+
+def start_with(tokenizer: tokenizers.Tokenizer, token: str, i: int) -> None:
+    """Every text that is encoded with special tokens gets this one before it, in other libraries too."""
+    from tokenizers.processors import TemplateProcessing
+
+    tokenizer.post_processor = TemplateProcessing(
+        single=f"{token} $A", pair=f"{token} $A {token}:1 $B:1", special_tokens=[(token, i)])
 
 
 GPT4_WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|"

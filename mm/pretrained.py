@@ -3,21 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, ClassVar, Self
 
 import torch
 from torch import nn
 
 from mm import checkpoint
+from mm.checkpoint import SHARD_BYTES
 from mm.family import Extras, Families
 from mm.schema import fingerprint
 from mm.tokenizer import Tokenizer
 
 
 class Pretrained(nn.Module):
-    """A model of one `kind` with a `spec`; `preprocessing`, `tokenizer` and `labels` are what its directory holds
-    beside the weights, each None or empty where there is none."""
+    """A model of one `kind` with a `spec`; `preprocessing`, `tokenizer`, `labels` and `generation` are what its
+    directory holds beside the weights, each None or empty where there is none."""
 
     kind: ClassVar[str]
     families: ClassVar[Families]
@@ -25,6 +28,7 @@ class Pretrained(nn.Module):
     preprocessing: Any = None
     tokenizer: Tokenizer | None = None
     labels: tuple[str, ...] = ()
+    generation: Mapping[str, Any] = MappingProxyType({})
 
     @classmethod
     def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
@@ -37,21 +41,22 @@ class Pretrained(nn.Module):
         found = cls.families.open(name_or_dir, cls.kind, allow_pickle)
         model = checkpoint.load(lambda: cls(found.spec), found.weights, found.table, dtype=dtype, device=device)
         model.preprocessing, model.tokenizer = found.extras.preprocess, found.extras.tokenizer
-        model.labels = found.extras.labels
+        model.labels, model.generation = found.extras.labels, found.extras.generation
         model.check_files(str(name_or_dir))
         return model.to(device).eval()  # also what no file holds
 
     def check_files(self, where: str) -> None:
         """Whether what lies beside the weights fits them; raises InputError."""
 
-    def save_pretrained(self, folder: str | Path, layout: str = "mm") -> None:
-        """Write weights, tokenizer, preprocessing and, last, the config. Raises InputError when there is no such
-        layout for this kind of model, or when it cannot hold this one."""
+    def save_pretrained(self, folder: str | Path, layout: str = "mm", *, shard_bytes: int = SHARD_BYTES) -> None:
+        """Write weights (in several files of at most `shard_bytes` where they are more), tokenizer, preprocessing and,
+        last, the config. Raises InputError when there is no such layout for this kind of model, or when it cannot hold
+        this one."""
         (family, config), folder = self.families.to_write(self.kind, layout, self.spec), Path(folder)
-        files = family.files(config, Extras(self.preprocessing, self.tokenizer, self.labels))
+        files = family.files(config, Extras(self.preprocessing, self.tokenizer, self.labels, self.generation))
         state = family.table(self.spec, ()).save(self.state_dict(), layout)
         folder.mkdir(parents=True, exist_ok=True)
-        checkpoint.write_weights(folder, state, family.weights[0])
+        checkpoint.write_weights(folder, state, family.weights[0], shard_bytes=shard_bytes)
         if self.tokenizer is not None:
             self.tokenizer.save(folder)
         for name, content in files.items():

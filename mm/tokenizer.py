@@ -87,6 +87,13 @@ class Tokenizer:
         return frozenset({self.bos_id, self.eos_id, *self.prefix, *self.suffix, *named, *self.pieces.special_ids()}
                          - {None})
 
+    def check_fits(self, rows: int, where: str) -> None:
+        """Raises InputError for more entries than a table of embeddings has rows; tokens that were only added to the
+        vocabulary may be without (Gemma 3's pictures)."""
+        if self.pieces.plain > rows:
+            raise InputError(f"{where}: the tokenizer has {self.vocab_size} entries, the embedding only {rows}: they "
+                             "do not belong together")
+
     def encode(self, text: str) -> list[int]:
         """The ids of one text, without prefix and suffix."""
         if not isinstance(text, str):

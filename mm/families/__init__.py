@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from mm import checkpoint
+from mm.families import generation
 from mm.families.bart import BART
 from mm.families.bert import BERT_KINDS
 from mm.families.deepseek import DEEPSEEK_KINDS
@@ -19,26 +20,26 @@ from mm.families.modernbert import MODERNBERT
 from mm.families.moe import MOE_KINDS
 from mm.families.phi import PHI_KINDS
 from mm.families.t5 import T5
-from mm.family import Extras, Families, Family
+from mm.family import Families, Family
 from mm.spec import DecoderSpec, EncoderSpec, Seq2SeqSpec
 from mm.tables import IDENTITY
 
 
-def own(kind: str, settings: type) -> Family:
-    """This package's own layout."""
-    def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
-        return {checkpoint.CONFIG: config}
+def own(kind: str, settings: type, **more: Any) -> Family:
+    """This package's own layout; `more` are fields of the family."""
+    parts = {"files": lambda config, extras: {checkpoint.CONFIG: config}} | more
     return Family(
-        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, files=files,
+        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, **parts,
         recognise=lambda config: config.get("family") == kind, table=lambda spec, names: IDENTITY,
         to_spec=lambda config, where: checkpoint.unpack(config, settings, where),
         from_spec=lambda spec: checkpoint.pack(kind, spec))
 
 
+OWN_DECODER = own("decoder", DecoderSpec, files=generation.files, complete=generation.complete)
 SINGLE_FILES = {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c, ("decoder", ".data"): read_llama2c}
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
-    "decoder": (own("decoder", DecoderSpec), *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2,
-                *MOE_KINDS, GPT_OSS, LLAMA4, *DEEPSEEK_KINDS),
+    "decoder": (OWN_DECODER, *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2, *MOE_KINDS, GPT_OSS, LLAMA4,
+                *DEEPSEEK_KINDS),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
     "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),
 }, ("model*.safetensors", "pytorch_model*.bin"), SINGLE_FILES)

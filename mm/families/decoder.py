@@ -8,8 +8,9 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from mm.errors import InputError
+from mm.families import generation
 from mm.families.hf import CONFIG, FILES, HARMLESS, ROTARY_BUFFER, TIED, TO_HF, act_of, qkv_rules, rope_config, rope_of
-from mm.family import Extras, Family, Keys, ensure_kept
+from mm.family import Family, Keys, ensure_kept
 from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, QKNorm, RMSNorm, Sight, Stack
 from mm.tables import Rule, Table, rule
 
@@ -49,8 +50,7 @@ def family(kind: Kind) -> Family:
         layout="hf", config=CONFIG, weights=FILES, has_text=True,
         recognise=lambda config: config.get("model_type") == kind.model_type,
         to_spec=lambda config, where: to_spec(kind, config, where), from_spec=lambda spec: from_spec(kind, spec),
-        table=lambda spec, names: table(kind, spec),
-        files=lambda config, extras: {CONFIG: config | special_ids(extras)})
+        table=lambda spec, names: table(kind, spec), files=generation.files, complete=generation.complete)
 
 
 def to_spec(kind: Kind, config: Mapping[str, Any], where: str) -> DecoderSpec:
@@ -83,13 +83,6 @@ def table(kind: Kind, spec: DecoderSpec) -> Table:
         rule("lm_head.weight", "head.weight"), *kind.rules("model.layers.{n}.", "stack.blocks.{n}.", spec)]
     ignored = {"model.layers.{n}.self_attn.rotary_emb.inv_freq": ROTARY_BUFFER, **kind.ignored}
     return Table(tuple(rules), ignored | ({"lm_head.weight": TIED} if spec.head.tied else {}))
-
-
-def special_ids(extras: Extras) -> dict[str, Any]:
-    """Start, end and padding, as transformers' generation reads them; null keeps out those of its classes."""
-    t = extras.tokenizer
-    bos, eos, pad = (None, None, None) if t is None else (t.bos_id, t.eos_id, t.pad_id)
-    return {"bos_token_id": bos, "eos_token_id": eos, "pad_token_id": pad}
 
 
 # ------------------------------------------------------------------------------------- parts of a config, read

@@ -15,7 +15,7 @@ from torch import Tensor
 from mm.checkpoint import Weights
 from mm.errors import InputError
 from mm.family import Extras, Keys, Opened
-from mm.pieces import TokenizersFile, scored_pipeline, split_pipeline
+from mm.pieces import TokenizersFile, scored_pipeline, split_pipeline, start_with
 from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, RMSNorm, Rope, Stack
 from mm.tables import Rule, Table, Way, rule
 from mm.tokenizer import Tokenizer
@@ -113,6 +113,8 @@ def tokenizer_of(fields: Mapping[str, Any], where: str) -> Tokenizer | None:
     settings = {f"{name}_token": tokens[i] for name, i in (("bos", ids["bos"]), ("eos", ids["eos"]),
                                                            ("pad", ids["padding"])) if i is not None}
     starts = told.get("add_bos_token", kind == "llama") and ids["bos"] is not None
+    if starts:
+        start_with(made, tokens[ids["bos"]], ids["bos"])
     return Tokenizer(
         pieces=TokenizersFile(made), prefix=(ids["bos"],) if starts else (), bos_id=ids["bos"], eos_id=ids["eos"],
         pad_id=next(i for i in (ids["padding"], ids["eos"], 0) if i is not None),

@@ -7,7 +7,7 @@ from dataclasses import replace
 from typing import Any
 
 from mm.errors import InputError
-from mm.families.decoder import special_ids
+from mm.families import generation
 from mm.families.hf import CONFIG, FILES, HARMLESS, TIED, TO_HF, act_of
 from mm.family import Family, Keys, ensure_kept
 from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LayerNorm, LearnedTable, LMHead, Mlp, Stack
@@ -89,4 +89,4 @@ def table(spec: DecoderSpec, names: Iterable[str]) -> Table:
 GPT2 = Family(
     layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, table=table, from_spec=from_spec,
     recognise=lambda config: config.get("model_type") == "gpt2",
-    files=lambda config, extras: {CONFIG: config | special_ids(extras)})
+    files=generation.files, complete=generation.complete)

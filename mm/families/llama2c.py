@@ -13,7 +13,7 @@ from mm.checkpoint import Weights
 from mm.errors import InputError
 from mm.families.gguf import dealt
 from mm.family import Extras, Opened
-from mm.pieces import TokenizersFile, scored_pipeline
+from mm.pieces import TokenizersFile, scored_pipeline, start_with
 from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, RMSNorm, Rope, Stack
 from mm.tables import Table, rule
 from mm.tokenizer import Tokenizer
@@ -95,6 +95,7 @@ def tokenizer_beside(path: Path, vocab: int) -> Tokenizer | None:
 def tokenizer_of(tokens: list[str], scores: list[float]) -> Tokenizer:
     made = scored_pipeline(tokens, scores)
     made.add_special_tokens(tokens[:3])
+    start_with(made, tokens[1], 1)
     settings = {"bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>", "add_bos_token": True,
                 "tokenizer_class": "PreTrainedTokenizerFast"}
     return Tokenizer(pieces=TokenizersFile(made), prefix=(1,), bos_id=1, eos_id=2, pad_id=0, settings=settings)
