@@ -166,23 +166,29 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
          device: torch.device | str | None = None) -> M:
     """A module made without memory and then given its weights, one at a time, in this dtype on this device.
 
-    `dtype` None keeps the dtype of the file, or the widest where it mixes several. Raises InputError for weights that
-    are missing, unknown, wrongly shaped or not finite.
+    `dtype` None keeps the dtype of the file, or the widest where it mixes several; what a module names in its `float32`
+    is so in any case. Raises InputError for weights that are missing, unknown, wrongly shaped or not finite.
     """
     with torch.device("meta"), Unfilled():
         module = build()
     wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
+    exact = {f"{place}.{name}".lstrip(".") for place, part in module.named_modules()
+             for name in getattr(part, "float32", ())}
 
     def read(name: str) -> Tensor:
         value = weights.read(name).to(device or "cpu")
         if value.is_floating_point() and not finite(value):
             raise InputError(f"{weights.where}: {name} holds values that are not finite")
-        return value if dtype is None or not value.is_floating_point() else value.to(dtype)
-    state = table.load(weights.shapes, read, wanted, weights.where)
-    floats = {value.dtype for value in state.values() if value.is_floating_point()}
+        return value
+
+    def cast(name: str, value: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
+        kind = torch.float32 if name in exact else dtype
+        return value if kind is None or not value.is_floating_point() else value.to(kind)
+    state = table.load(weights.shapes, read, wanted, weights.where, cast)
+    floats = {value.dtype for name, value in state.items() if value.is_floating_point() and name not in exact}
     if len(floats) > 1:
         widest = functools.reduce(torch.promote_types, floats)
-        state = {name: value.to(widest) if value.is_floating_point() else value for name, value in state.items()}
+        state = {name: cast(name, value, widest) for name, value in state.items()}
     module.load_state_dict({name: own(value) for name, value in state.items()}, assign=True)
     return module
 

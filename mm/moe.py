@@ -26,6 +26,8 @@ class Route(NamedTuple):
 class Router(nn.Module):
     """x: (N, D) -> Route. Logits and scores are taken at least in float32, under autocast too."""
 
+    float32 = ("correction",)  # in a checkpoint of any dtype: its steps are finer than those of bfloat16
+
     def __init__(self, dim: int, settings: spec.Moe):
         super().__init__()
         self.settings, self.count = settings.router, settings.chosen

@@ -83,9 +83,10 @@ class Table:
     ignored: Mapping[str, str] = field(default_factory=dict)
 
     def load(self, shapes: Mapping[str, Shape], read: Callable[[str], Tensor], wanted: Mapping[str, Shape],
-             where: str) -> dict[str, Tensor]:
+             where: str, cast: Callable[[str, Tensor], Tensor] = lambda name, value: value) -> dict[str, Tensor]:
         """Ours from theirs. `shapes` are theirs, `wanted` ours; names and shapes are checked before anything is read.
-        Raises InputError that names missing, unknown and wrongly shaped weights of the file `where`."""
+        `cast` gives each of ours, by its name, its dtype. Raises InputError that names missing, unknown and wrongly
+        shaped weights of the file `where`."""
         steps, unknown = self.match([name for name in shapes if not self.ignores(name)], "theirs")
         unknown += [name for step in steps if not set(step.ours) <= set(wanted) for name in step.theirs]
         steps = [step for step in steps if set(step.ours) <= set(wanted)]
@@ -99,7 +100,8 @@ class Table:
         for step in steps:
             self.check(step, shapes, wanted, where)
         for step in steps:
-            out.update(zip(step.ours, step.way.load([read(name) for name in step.theirs]), strict=True))
+            made = zip(step.ours, step.way.load([read(name) for name in step.theirs]), strict=True)
+            out.update((name, cast(name, value)) for name, value in made)
         return out
 
     def save(self, state: Mapping[str, Tensor], layout: str) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from mm.families.gpt2 import GPT2
 from mm.families.gpt_oss import GPT_OSS
 from mm.families.llama import LLAMA_KINDS
 from mm.families.llama2c import read_llama2c
-from mm.families.llama4 import LLAMA4
+from mm.families.llama4 import LLAMA4_KINDS
 from mm.families.modernbert import MODERNBERT
 from mm.families.moe import MOE_KINDS
 from mm.families.phi import PHI_KINDS
@@ -38,7 +38,7 @@ def own(kind: str, settings: type, **more: Any) -> Family:
 OWN_DECODER = own("decoder", DecoderSpec, files=generation.files, complete=generation.complete)
 SINGLE_FILES = {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c, ("decoder", ".data"): read_llama2c}
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
-    "decoder": (OWN_DECODER, *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2, *MOE_KINDS, GPT_OSS, LLAMA4,
+    "decoder": (OWN_DECODER, *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2, *MOE_KINDS, GPT_OSS, *LLAMA4_KINDS,
                 *DEEPSEEK_KINDS),
     "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
     "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),

@@ -43,6 +43,29 @@ DEALT_TRANSPOSED = Way(lambda xs: dealt(xs[0].mT), lambda xs: [riffled(xs).mT])
 TRANSPOSED = Way(lambda xs: [xs[0].mT], lambda xs: [xs[0].mT])
 
 
+# Values of four bits (sign, two of exponent, one of mantissa), and how many share a scale: OCP Microscaling, MXFP4.
+LEVELS = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, -0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0)
+SHARING = 32
+
+
+def widened(blocks: Tensor, scales: Tensor) -> Tensor:
+    """blocks (..., G, 16) bytes of two values each, the low half first, scales (..., G) powers of two plus 127
+    -> (..., 32 G), exact in bfloat16."""
+    pairs = torch.stack([blocks & 15, blocks >> 4], -1).flatten(-2)
+    values = torch.tensor(LEVELS, dtype=torch.bfloat16, device=blocks.device)[pairs.int()]
+    return torch.ldexp(values, scales.int().unsqueeze(-1) - 127).to(torch.bfloat16).flatten(-2)
+
+
+def packed_shapes(x: Tensor) -> list[Tensor]:
+    """Empty blocks and scales of a weight (..., I): packed files are read, not written."""
+    groups = -(-x.shape[-1] // SHARING)
+    return [x.new_empty(*x.shape[:-1], groups, SHARING // 2), x.new_empty(*x.shape[:-1], groups)]
+
+
+DEALT_MXFP4 = Way(lambda xs: dealt(widened(*xs)), lambda xs: packed_shapes(riffled(xs)))
+MXFP4 = Way(lambda xs: [widened(*xs)], lambda xs: packed_shapes(xs[0]))
+
+
 def expert_rules(theirs: str, ours: str, count: int, names: Mapping[str, str] = NAMES) -> list[Rule]:
     """`theirs.3.up_proj.weight`, one tensor an expert: the layout of published files, and the one that is written."""
     return [rule(tuple(f"{theirs}.{i}.{name}.weight" for i in range(count)), f"{ours}.{part}.weight", STACKED)

@@ -24,7 +24,9 @@ from mm.families.decoder import (
 )
 from mm.families.experts import (
     DEALT,
+    DEALT_MXFP4,
     DEALT_TRANSPOSED,
+    MXFP4,
     TRANSPOSED,
     count_of,
     fused_rules,
@@ -50,6 +52,8 @@ def layers(keys: Keys, size: Size) -> list[Layer]:
     window, norm = keys.positive("sliding_window", 128), norm_of(keys, "scale_then_cast")
     leave_training(keys)
     keys.take("initial_context_length", int, None)  # said again by the rotary settings
+    if (packing := keys.take("quantization_config", dict, {}).get("quant_method", "mxfp4")) != "mxfp4":
+        raise InputError(f"{keys.where}: weights packed by {packing!r} are not supported, only mxfp4")
     return [Layer(mixer=replace(mixer, sight=sight(kind, window)), mlp=moe, norm=norm) for kind in types]
 
 
@@ -83,10 +87,17 @@ def rules(theirs: str, ours: str, spec: DecoderSpec) -> list[Rule]:
     packed, experts = theirs + "mlp.experts", ours + "mlp.experts"
     return [*attention_rules(theirs, ours, spec.stack.layers[0].mixer), *norm_rules(theirs, ours, PRE_NORMS),
             rule(theirs + "self_attn.sinks", ours + "mixer.sinks"),
-            *fused_rules(packed, experts, DEALT_TRANSPOSED, TRANSPOSED),
+            *fused_rules(packed, experts, DEALT_TRANSPOSED, TRANSPOSED), *packed_rules(packed, experts),
             rule(packed + ".gate_up_proj_bias", (experts + ".gate.bias", experts + ".up.bias"), DEALT),
             rule(packed + ".down_proj_bias", experts + ".down.bias"),
             rule(theirs + "mlp.router.{x}", ours + "mlp.router.{x}")]
+
+
+def packed_rules(theirs: str, ours: str) -> list[Rule]:
+    """The published files' experts, in four bits."""
+    both, down = theirs + ".gate_up_proj_", theirs + ".down_proj_"
+    return [rule((both + "blocks", both + "scales"), (ours + ".gate.weight", ours + ".up.weight"), DEALT_MXFP4),
+            rule((down + "blocks", down + "scales"), ours + ".down.weight", MXFP4)]
 
 
 GPT_OSS = family(Kind(

@@ -129,8 +129,8 @@ def test_corrections_move_against_load_until_it_is_level():
     move_corrections(model, loads, 0.01)
     moved = model.blocks[0].mlp.router.correction - before
     assert torch.equal(moved, 0.01 * (loads[0].mean() - loads[0]).sign())
-    for _ in range(200):
-        move_corrections(model, [load(one) for one in routes_of(model, x)], 0.01)
+    for _ in range(80):
+        move_corrections(model, [load(one) for one in routes_of(model, x)], 0.02)
     for one, was in zip(routes_of(model, x), spread, strict=True):
         assert load(one).std() < 0.3 * was
 
@@ -146,3 +146,17 @@ def test_wrong_sizes_are_named():
         move_corrections(Transformer(stack()), [torch.zeros(EXPERTS)])
     with pytest.raises(InputError, match="20 tokens"):
         balance_loss(route(), torch.ones(3, 5))
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_a_correction_stays_float32_in_a_checkpoint_of_bfloat16(dtype, tmp_path):
+    model = TextDecoder(spec.DecoderSpec(embed=spec.Embed(vocab=50), stack=stack(), context=16))
+    correction = model.stack.blocks[0].mlp.router.correction
+    correction.normal_()
+    held = correction.clone()
+    for parameter in model.parameters():
+        parameter.data = parameter.data.bfloat16()
+    model.save_pretrained(tmp_path)
+    again = TextDecoder.from_pretrained(tmp_path, dtype=dtype)
+    assert torch.equal(again.stack.blocks[0].mlp.router.correction, held)
+    assert {p.dtype for p in again.parameters()} == {torch.bfloat16}
