@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
+from itertools import repeat
 
 import torch
 from torch import Tensor, nn
@@ -31,18 +32,20 @@ class AheadHead(nn.Module):
 
 
 def look_ahead(heads: Iterable[AheadHead], embed: Callable[[Tensor, At], Tensor], ids: Tensor, hidden: Tensor,
-               at: At) -> list[tuple[Tensor, Tensor]]:
+               at: At, states: Iterable[StackState | None] = repeat(None)) -> list[tuple[Tensor, Tensor]]:
     """What the heads make of a text: for head k = 1, 2, ... hidden (B, T - k, D), and which rows exist (B, T - k) bool.
 
     Row t reads the token at t + k and predicts the one at t + k + 1. It sits at position t and exists where both are
-    tokens of one document. ids (B, T), hidden (B, T, D) and `at` are those of the model."""
+    tokens of one document. ids (B, T), hidden (B, T, D) and `at` are those of the model; states: one per head, to be
+    continued from."""
     found = []
-    for k, head in enumerate(heads, 1):
+    for k, (head, state) in enumerate(zip(heads, states, strict=False), 1):
         if ids.shape[1] <= k:
             break
         first, later = at.rows(0, ids.shape[1] - k), at.rows(k, ids.shape[1])
         there = together(first, later)
-        hidden = head(hidden[:, :-1], embed(ids[:, k:], later), first if at.regular else missing(first, there))
+        hidden = head(hidden[:, :-1], embed(ids[:, k:], later), first if at.regular else missing(first, there),
+                      state)
         found.append((hidden, there))
     return found
 

@@ -59,13 +59,15 @@ class Prefix:
 
 @dataclass
 class Filling:
-    """Rows whose prompts are being read, in a state of their own: padded (n, T) of what is left of each."""
+    """Rows whose prompts are being read, in a state of their own: padded (n, T) of what is left of each. `hidden` holds
+    what was made of each chunk, for a proposer."""
 
     slots: list[int]
     state: StackState
     ids: Tensor
     lengths: Tensor
     done: int = 0
+    hidden: list[Tensor] = field(default_factory=list)
 
 
 class Engine:
@@ -86,6 +88,8 @@ class Engine:
         if slots < 1 or chunk < 1:
             raise InputError(f"an engine needs at least 1 slot and a chunk of 1, not {slots} and {chunk}")
         self.model, self.chunk, self.proposer, self.cache = model, chunk, speculate, cache
+        if speculate is not None:
+            speculate.start(model, slots, self.length, chunk)
         self.ahead = speculate.tokens if speculate else 0
         self.device = model.embed.tokens.weight.device
         self.vocab = model.spec.embed.vocab
@@ -100,8 +104,6 @@ class Engine:
         self.filling: Filling | None = None
         self.settings = controls([GREEDY] * slots, self.device)
         self.decode = torch.compile(self.plain_step, dynamic=False) if compiled else self.plain_step
-        if speculate is not None:
-            speculate.start(self.vocab, slots, self.length, chunk)
 
     def new_state(self, rows: int) -> StackState:
         return self.model.init_state(rows, length=self.length, chunk=max(self.chunk, self.ahead + 1), cache=self.cache)
@@ -210,6 +212,7 @@ class Engine:
             count += right
             if j < drafts.shape[1]:
                 right = right & (token == drafts[:, j]) & fits[:, j + 1]
+        self.proposer.follow(hidden, count)
         self.state.rewind(torch.where(self.active, start + count, self.state.offset))
         table = torch.cat([count[:, None], torch.stack(chosen, 1)], 1).tolist()
         return [row[1:1 + row[0]] for row in table]
@@ -259,6 +262,8 @@ class Engine:
         steps = torch.arange(work.done, work.done + ids.shape[1], device=self.device)
         hidden = self.model.hidden(ids, mask=steps < work.lengths[:, None], state=work.state,
                                    memory=self.memory and self.memory.select(torch.tensor(work.slots)))
+        if self.proposer is not None:
+            work.hidden.append(hidden)
         lengths = work.lengths.tolist()
         ended = [row for row, length in enumerate(lengths)
                  if work.done < length <= stop and self.rows[work.slots[row]] is not None]
@@ -281,9 +286,11 @@ class Engine:
         self.active[slots] = True
         if self.seen is not None:
             self.seen[slots, token] = True
-        for slot, one in zip(slots.tolist(), token.tolist(), strict=True):
+        for row, one in zip(ended, token.tolist(), strict=True):
+            slot = work.slots[row]
             if self.proposer is not None:
-                self.proposer.begin(slot, self.rows[slot].prompt)
+                read = torch.cat([chunk[row] for chunk in work.hidden])[:work.lengths[row]]
+                self.proposer.begin(slot, self.rows[slot].prompt, read)
             self.accept(slot, [one])
 
     def accept(self, slot: int, tokens: list[int]) -> None:
