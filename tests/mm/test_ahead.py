@@ -12,7 +12,9 @@ from transformers.modeling_layers import MtpModel
 
 from mm import TextDecoder, spec
 from mm.errors import InputError
+from mm.sampling import Sampling
 from mm.spec import CAUSAL, DecoderSpec, Embed, Layer, Rope, Sight
+from mm.speculate import Ahead
 
 DEPTH, HEADS = 3, 2
 CONFIG = {
@@ -67,6 +69,15 @@ def test_they_are_transformers_in_a_file_that_we_wrote(pair):
         close(made, hidden)
         close(ours.logits(made), heads._project_to_logits(hidden))
         assert there.all() and there.shape == (2, 39 - i)
+
+
+@torch.no_grad()
+def test_texts_are_those_of_transformers_with_its_own_speculation(pair):
+    theirs, ours, _ = pair
+    ids = torch.randint(97, (1, 9))
+    wanted = theirs.generate(ids, max_new_tokens=12, do_sample=False, use_mtp=True, eos_token_id=None, pad_token_id=0)
+    out = ours.generate(ids, Sampling(max_tokens=12), speculate=Ahead())
+    assert out[0].ids == wanted[0, 9:].tolist()
 
 
 def test_files_keep_them(pair, plain, tmp_path):
