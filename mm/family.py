@@ -13,6 +13,7 @@ from mm.tables import Table
 from mm.tokenizer import Tokenizer, load_tokenizer
 
 TRAINING_ONLY = frozenset({"dropout", "drop_path"})
+FEW = 2  # reasons that one error tells
 
 
 @dataclass(frozen=True)
@@ -131,7 +132,9 @@ class Families:
                 return family, family.from_spec(spec)
             except InputError as error:
                 reasons.append(str(error))
-        raise InputError("; nor: ".join(dict.fromkeys(reasons)))
+        reasons = list(dict.fromkeys(reasons))
+        more = f"; nor can {len(reasons) - FEW} other families of that layout" if len(reasons) > FEW else ""
+        raise InputError("; nor: ".join(reasons[:FEW]) + more)
 
 
 class Keys:

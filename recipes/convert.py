@@ -4,18 +4,23 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
+from .models import is_language, open_any
+from .weights import SHIPPED
+
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from ..encoders.clip import CLIP
-    from ..encoders.vit import ViT
+    from mm.pretrained import Pretrained
 
+SHARD_BYTES = 5 * 2**30
+OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states"}
 LAYOUTS = ("hf", "open_clip", "timm", "mm")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
@@ -24,33 +29,44 @@ SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 def convert(argv: list[str]) -> int:
     """The command: writes DST, says what is in it."""
     parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a checkpoint for another library: "
-                                     "transformers (hf), open_clip, timm, or this package (mm).")
-    parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, or a hub name")
+                                     "transformers and vLLM (hf), open_clip, timm, or this package (mm).")
+    parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, a hub name, or a "
+                        ".gguf or llama2.c file")
     parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
     parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout of DST")
     parser.add_argument("--force", action="store_true", help="replace the checkpoint that DST holds")
+    parser.add_argument("--shard-size", metavar="SIZE", type=size, default=SHARD_BYTES,
+                        help="the most that one file of weights holds, such as 500MB (default: 5GiB)")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
     options = parser.parse_args(argv)
-    rewrite(options.source, options.target, options.to, force=options.force, allow_pickle=options.allow_pickle)
+    rewrite(options.source, options.target, options.to, force=options.force, allow_pickle=options.allow_pickle,
+            shard_bytes=options.shard_size)
     return 0
 
 
-def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allow_pickle: bool = False) -> None:
+def size(text: str) -> int:
+    """Bytes: 500MB, 2GiB, or a plain number."""
+    found = re.fullmatch(r"(\d+)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
+    if not found or not int(found[1]):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB")
+    return int(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")
+
+
+def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allow_pickle: bool = False,
+            shard_bytes: int = SHARD_BYTES) -> None:
     """Source in `layout` under `target`, complete and read back, or not there at all.
 
     Raises InputError where the layout cannot hold the model or `target` is taken.
     """
-    from ..encoders.any import open_model
-
     target = Path(os.path.abspath(target.expanduser()))
     check_target(source, target, force)
-    model = open_model(source, allow_pickle=allow_pickle)
+    model = open_any(SHIPPED[source]() if source in SHIPPED else source, allow_pickle=allow_pickle)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
             fresh, old = Path(room) / "new", Path(room) / "old"
-            model.save_pretrained(fresh, layout=layout)
-            again = open_model(fresh)
+            model.save_pretrained(fresh, layout=layout, shard_bytes=shard_bytes)
+            again = open_any(fresh)
             told = compare(model, again, layout)
             if target.exists():
                 os.rename(target, old)
@@ -73,48 +89,58 @@ def check_target(source: str, target: Path, force: bool) -> None:
         raise InputError(f"{target} holds more than a checkpoint ({(foreign or names)[0]}) and is not replaced")
 
 
-def compare(model: CLIP | ViT, again: CLIP | ViT, layout: str) -> str:
-    """What was found equal, in words: every tensor bit for bit, and a picture's and a text's features up to rounding.
-    Anything lost is an InputError."""
+def compare(model: Pretrained, again: Pretrained, layout: str) -> str:
+    """What was found equal, in words: every tensor bit for bit, and what the model makes of a picture and a text up to
+    rounding. Anything lost is an InputError."""
     family, _ = model.families.to_write(model.kind, layout, model.spec)
     before, after = (family.table(one.spec, ()).save(one.state_dict(), layout) for one in (model, again))
     for name in sorted(before.keys() | after.keys()):
         if name not in before or name not in after or not same(before[name], after[name]):
             raise InputError(f"nothing was written: {name} does not come back from the {layout} layout as it was")
-    gap = feature_gap(model, again)
+    gap, what = output_gap(model, again), OUTPUTS.get(model.kind, "features")
     if not gap <= (1e-5 if next(model.parameters()).dtype.itemsize >= 4 else 1e-1):
-        raise InputError(f"nothing was written: features from the {layout} layout are {gap:.1e} away")
-    return f"{len(before)} tensors read back bit for bit, features {f'within {gap:.0e}' if gap else 'equal'}"
+        raise InputError(f"nothing was written: {what} from the {layout} layout are {gap:.1e} away")
+    return f"{len(before)} tensors read back bit for bit, {what} {f'within {gap:.0e}' if gap else 'equal'}"
 
 
 def same(before: Tensor, after: Tensor) -> bool:
     return before.dtype == after.dtype and before.shape == after.shape and bool((before == after).all())
 
 
-def feature_gap(model: CLIP | ViT, again: CLIP | ViT) -> float:
+def output_gap(model: Pretrained, again: Pretrained) -> float:
+    """The largest difference of what the two make of the same input, relative to the largest value."""
     import torch
-
-    image = model.spec if model.kind == "vit" else model.spec.image
-    draw = torch.Generator().manual_seed(0)
-    pixels = torch.randn(1, image.channels, *image.image, generator=draw)
-
-    def outputs(one: CLIP | ViT) -> tuple[Tensor, ...]:
-        if one.kind == "vit":
-            return (one.encode(pixels),)
-        text = one.spec.text
-        return one(pixels, torch.randint(text.vocab, (1, text.context), generator=draw.manual_seed(1)))
 
     with torch.inference_mode():
         pairs = zip(outputs(model), outputs(again), strict=True)
         return max(((a - b).abs().max() / a.abs().max().clamp(min=1e-30)).item() for a, b in pairs)
 
 
-def differences(model: CLIP | ViT, again: CLIP | ViT) -> list[str]:
+def outputs(model: Pretrained) -> tuple[Tensor, ...]:
+    """What a model makes of one random picture and one random text."""
+    import torch
+
+    draw = torch.Generator().manual_seed(0)
+
+    def ids(vocab: int, length: int) -> Tensor:
+        return torch.randint(vocab, (1, length), generator=draw.manual_seed(1))
+    spec = model.spec
+    if model.kind == "seq2seq":
+        return (model(*[ids(spec.decoder.embed.vocab, 24)] * 2),)
+    if is_language(model):
+        return (model(ids(spec.embed.vocab, min(spec.context, 64))),)
+    image = spec if model.kind == "vit" else spec.image
+    pixels = torch.randn(1, image.channels, *image.image, generator=draw)
+    return (model.encode(pixels),) if model.kind == "vit" else model(pixels, ids(spec.text.vocab, spec.text.context))
+
+
+def differences(model: Pretrained, again: Pretrained) -> list[str]:
     """What the new layout says otherwise: the preprocessing's finer points, the tokenizer's cleaning."""
     told = []
-    before, after = vars(model.preprocessing), vars(again.preprocessing)
-    told += [f"preprocessing: {name} is {after[name]}, was {value}" for name, value in before.items()
-             if value != after[name]]
+    if model.preprocessing is not None:
+        after = vars(again.preprocessing)
+        told += [f"preprocessing: {name} is {after[name]}, was {value}"
+                 for name, value in vars(model.preprocessing).items() if value != after[name]]
     if (model.tokenizer is None) != (again.tokenizer is None):
         told.append("tokenizer: " + ("CLIP's own, the source had none" if model.tokenizer is None else "none"))
     elif model.tokenizer is not None:

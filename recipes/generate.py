@@ -15,9 +15,6 @@ if TYPE_CHECKING:
     from mm.decoder import TextDecoder
     from mm.sampling import Sampling
 
-SHIPPED = "stories260k"
-
-
 def generate(argv: list[str]) -> int:
     """The command."""
     options = parse(argv)
@@ -27,13 +24,14 @@ def generate(argv: list[str]) -> int:
     from mm.quantize import quantize
     from mm.sampling import Sampling
 
-    from .weights import stories260k
+    from .weights import SHIPPED
     if options.threads:
         torch.set_num_threads(options.threads)
     sampling = Sampling(
         max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop))
-    model = TextDecoder.from_pretrained(stories260k() if options.model == SHIPPED else options.model, torch.float32)
+    name = SHIPPED[options.model]() if options.model in SHIPPED else options.model
+    model = TextDecoder.from_pretrained(name, torch.float32)
     if options.quantize:
         quantize(model, options.quantize)
     if options.chat:
@@ -49,7 +47,7 @@ def generate(argv: list[str]) -> int:
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mm generate", description="Go on with a text, or chat.")
     parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, a .gguf or llama2.c file, or "
-                        f"{SHIPPED}, which ships with this package")
+                        "stories260k, which ships with this package")
     parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to go on with, or the first message")
     parser.add_argument("--chat", action="store_true", help="answer messages, in the model's own chat format")
     parser.add_argument("--stream", action="store_true", help="print tokens as they are made")

@@ -6,9 +6,17 @@ import argparse
 import json
 import math
 from dataclasses import asdict
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .info_text import count_parameters as language_parameters
+from .info_text import language_facts, language_sentences
+from .models import is_language, open_any
+from .weights import SHIPPED
+
 if TYPE_CHECKING:
+    from mm.pretrained import Pretrained
+
     from ..encoders.clip import CLIP
     from ..encoders.spec import Backbone, ViTSpec
     from ..encoders.vit import ViT
@@ -24,8 +32,10 @@ PARTS = {  # the longest prefix of a parameter's name counts
 def info(argv: list[str]) -> int:
     """The command: a table on stdout, or JSON."""
     parser = argparse.ArgumentParser(prog="mm info", description="What a checkpoint is: family, parameters per part, "
-                                     "memory, FLOPs per picture and text, preprocessing, tokenizer.")
-    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, or a hub name")
+                                     "memory, FLOPs per picture and text, preprocessing, tokenizer; of a language "
+                                     "model its context and the memory of its cache.")
+    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, a hub name, a .gguf or llama2.c "
+                        "file")
     parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
     options = parser.parse_args(argv)
@@ -40,19 +50,23 @@ def info(argv: list[str]) -> int:
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
-    from ..encoders.any import open_model
-    from ..encoders.families import FAMILIES
-
-    folder = FAMILIES.resolve(name)
-    model = open_model(folder, allow_pickle=allow_pickle)
-    counts = count_parameters(model)
+    model = open_any(SHIPPED[name]() if name in SHIPPED else name, allow_pickle=allow_pickle)
+    counts = language_parameters(model) if is_language(model) else count_parameters(model)
     total = sum(counts.values())
-    about = {"model": str(name), "family": FAMILIES.names[model.kind],
-             "layout": FAMILIES.recognise(folder, model.kind).layout,
+    about = {"model": str(name), "family": model.families.names[model.kind], "layout": layout_of(name, model),
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
-             "bytes": {"float32": 4 * total, "bfloat16": 2 * total}, **tower_facts(model)}
-    return about | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
-                    "flops": count_flops(model.to("meta").requires_grad_(False))}
+             "bytes": {"float32": 4 * total, "bfloat16": 2 * total}}
+    if is_language(model):
+        return about | language_facts(model)
+    return about | tower_facts(model) | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
+                                         "flops": count_flops(model.to("meta").requires_grad_(False))}
+
+
+def layout_of(name: str, model: Pretrained) -> str:
+    path = SHIPPED[name]() if name in SHIPPED else Path(name).expanduser()
+    if path.is_file():
+        return path.suffix.removeprefix(".")
+    return model.families.recognise(model.families.resolve(path if path.is_dir() else name), model.kind).layout
 
 
 def tower_facts(model: CLIP | ViT) -> dict[str, Any]:
@@ -126,7 +140,8 @@ def show(report: dict[str, Any]) -> None:
         column.justify = "right"
     for part, count in report["parameters"].items():
         counts.add_row(part, f"{count:,}", f"{count / report['parameters']['total']:.1%}")
-    for name, sentence in sentences(report).items():
+    told = language_sentences if "context" in report else sentences
+    for name, sentence in (memory(report) | told(report)).items():
         facts.add_row(name, sentence)
     console = Console(highlight=False)
     console.print(f"{report['model']}: {report['family']} in the {report['layout']} layout, {report['dtype']}",
@@ -134,10 +149,13 @@ def show(report: dict[str, Any]) -> None:
     console.print(counts, facts, sep="\n")
 
 
+def memory(report: dict[str, Any]) -> dict[str, str]:
+    return {"memory": ", ".join(f"{size / 1e6:,.1f} MB in {kind}" for kind, size in report["bytes"].items())}
+
+
 def sentences(report: dict[str, Any]) -> dict[str, str]:
     image, text, work = report["image"], report.get("text"), report["flops"]
     told = {
-        "memory": ", ".join(f"{size / 1e6:,.1f} MB in {kind}" for kind, size in report["bytes"].items()),
         "work": ", ".join(f"{flops(count)} per {WORK[kind]}" for kind, count in work.items())
                 + " (two per multiply-add)",
         "image tower": f"{side(image['size'])} pixels, timm's {image['timm']}" if "timm" in image else

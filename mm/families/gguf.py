@@ -1,11 +1,12 @@
-"""GGUF: one file with weights (often of few bits), config and tokenizer; Llama-shaped models are read.
+"""GGUF: one file with weights (often of few bits), config and tokenizer; Llama, Mistral, Qwen2 and Qwen3 are read.
 
 The weights are widened to float32 with the `gguf` package, which also knows every quantised format.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,10 +17,27 @@ from mm.checkpoint import Weights
 from mm.errors import InputError
 from mm.family import Extras, Keys, Opened
 from mm.pieces import TokenizersFile, scored_pipeline, split_pipeline, start_with
-from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, RMSNorm, Rope, Stack
-from mm.tables import Rule, Table, Way, rule
+from mm.spec import (
+    CAUSAL,
+    Attention,
+    DecoderSpec,
+    Embed,
+    Layer,
+    LinearScaling,
+    LMHead,
+    LongRope,
+    Mlp,
+    QKNorm,
+    RMSNorm,
+    Rope,
+    Scaling,
+    Stack,
+)
+from mm.tables import Rule, Table, Way, fused, rule
 from mm.tokenizer import Tokenizer
 
+ARCHITECTURE, FREQS = "general.architecture", "rope_freqs.weight"
+KINDS = ("llama", "qwen2", "qwen3")  # Mistral's files call themselves llama
 CONTROL = 3  # the token_type of tokens that no text spells
 
 
@@ -36,45 +54,74 @@ def read_gguf(path: Path) -> Opened:
     shapes = {name: tuple(int(n) for n in reversed(tensor.shape)) for name, tensor in found.items()}
 
     def read(name: str) -> Tensor:
-        return torch.from_numpy(dequantize(found[name].data, found[name].tensor_type).copy()).reshape(shapes[name])
-    spec = to_spec(fields, tied="output.weight" not in found, where=str(path))
+        tensor = found[name]
+        try:
+            return torch.from_numpy(dequantize(tensor.data, tensor.tensor_type).copy()).reshape(shapes[name])
+        except NotImplementedError:
+            raise InputError(f"{path}: {name} has the type {tensor.tensor_type.name}, which gguf cannot read") from None
+    spec = to_spec(fields, found, read, str(path))
     extras = Extras(tokenizer=tokenizer_of(fields, str(path)))
-    return Opened(spec, Weights(str(path), shapes, read), table(spec), extras)
+    return Opened(spec, Weights(str(path), shapes, read), table(fields[ARCHITECTURE], spec), extras)
 
 
-def to_spec(fields: Mapping[str, Any], tied: bool, where: str) -> DecoderSpec:
-    kind = fields.get("general.architecture")
-    if kind != "llama":
-        raise InputError(f"{where} holds a model of the architecture {kind}, only llama is read from GGUF")
-    own = {name: value for name, value in fields.items() if name.startswith("llama.")}
-    keys = Keys({name.removeprefix("llama."): value for name, value in own.items()}, where)
-    dim, heads = keys.positive("embedding_length"), keys.positive("attention.head_count")
-    width = keys.positive("attention.key_length", dim // heads)
-    context = keys.positive("context_length")
+def to_spec(fields: Mapping[str, Any], names: Container[str], read: Callable[[str], Tensor], where: str
+            ) -> DecoderSpec:
+    """Raises InputError for another architecture and for keys which are absent, wrong, or not understood."""
+    kind = fields.get(ARCHITECTURE)
+    if kind not in KINDS:
+        raise InputError(f"{where} holds a model of the architecture {kind}, only {', '.join(KINDS)} are read")
+    start = f"{kind}."
+    keys = Keys({name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}, where)
+    dim, context = keys.positive("embedding_length"), keys.positive("context_length")
     norm = RMSNorm(eps=float(keys.take("attention.layer_norm_rms_epsilon", float)))
-    theta = float(keys.take("rope.freq_base", float, 10000.0))
-    rope = Rope(theta=theta, dim=keys.positive("rope.dimension_count", width))
-    mixer = Attention(heads=heads, kv_heads=keys.positive("attention.head_count_kv", heads), head_dim=width,
-                      sight=CAUSAL, rope=rope, q_bias=False, k_bias=False, v_bias=False, out_bias=False)
+    freqs = read(FREQS) if FREQS in names else None
+    mixer = attention_of(keys, dim, "blk.0.attn_q.bias" in names, rope_scaling(keys, context, freqs))
+    if "blk.0.attn_q_norm.weight" in names:
+        mixer = replace(mixer, qk_norm=QKNorm(norm=norm))
     mlp = Mlp(hidden=keys.positive("feed_forward_length"), act="silu", gated=True, up_bias=False, down_bias=False)
     layers = (Layer(mixer=mixer, mlp=mlp, norm=norm),) * keys.positive("block_count")
     vocab = keys.positive("vocab_size", len(fields.get("tokenizer.ggml.tokens", ())) or ...)
     keys.done({"attention.value_length"})
     return DecoderSpec(embed=Embed(vocab=vocab), stack=Stack(dim=dim, layers=layers, final_norm=norm), context=context,
-                       head=LMHead(tied=tied))
+                       head=LMHead(tied="output.weight" not in names))
 
 
-def table(spec: DecoderSpec) -> Table:
+def attention_of(keys: Keys, dim: int, biased: bool, scaling: Scaling | None) -> Attention:
+    heads = keys.positive("attention.head_count")
+    width = keys.positive("attention.key_length", dim // heads)
+    turned = keys.positive("rope.dimension_count", width)
+    rope = Rope(theta=float(keys.take("rope.freq_base", float, 10000.0)), dim=None if turned == width else turned,
+                scaling=scaling)
+    return Attention(heads=heads, kv_heads=keys.positive("attention.head_count_kv", heads), head_dim=width,
+                     sight=CAUSAL, rope=rope, q_bias=biased, k_bias=biased, v_bias=biased, out_bias=False)
+
+
+def rope_scaling(keys: Keys, context: int, freqs: Tensor | None) -> Scaling | None:
+    """Linear, or a divisor per angle, in which Llama 3.1's files keep their scaling."""
+    kind, factor = keys.take("rope.scaling.type", str, "none"), keys.take("rope.scaling.factor", float, 1.0)
+    if kind not in ("none", "linear") or (kind == "linear" and freqs is not None):
+        raise InputError(f"{keys.where}: the rope scaling {kind} is not supported")
+    if freqs is not None:
+        divisors = tuple(freqs.tolist())
+        return LongRope(original=context, factor=1.0, short=divisors, long=divisors, gain=1.0)
+    return LinearScaling(factor=factor) if kind == "linear" else None
+
+
+def table(kind: str, spec: DecoderSpec) -> Table:
+    """llama's queries and keys have their rotary pairs side by side, the others' as halves."""
     t, o = "blk.{n}.", "stack.blocks.{n}."
     mixer = spec.stack.layers[0].mixer
+    heads, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
+    way = dealt(mixer) if kind == "llama" else fused(heads, kv, kv)
     rules: list[Rule] = [
         rule("token_embd.weight", "embed.tokens.weight"), rule("output_norm.weight", "stack.final_norm.weight"),
         rule("output.weight", "head.weight"),
-        rule(tuple(f"{t}attn_{part}.weight" for part in "qkv"), o + "mixer.qkv.weight", dealt(mixer)),
+        *(rule(tuple(f"{t}attn_{part}.{x}" for part in "qkv"), f"{o}mixer.qkv.{x}", way) for x in ("weight", "bias")),
+        *(rule(f"{t}attn_{part}.weight", f"{o}mixer.{part}.weight") for part in ("q_norm", "k_norm")),
         rule(t + "attn_output.weight", o + "mixer.out.weight"), rule(t + "attn_norm.weight", o + "mixer_norm.weight"),
         rule(t + "ffn_norm.weight", o + "mlp_norm.weight"),
         *(rule(f"{t}ffn_{part}.weight", f"{o}mlp.{part}.weight") for part in ("gate", "up", "down"))]
-    return Table(tuple(rules), {"rope_freqs.weight": "rotations are computed from positions"})
+    return Table(tuple(rules), {FREQS: "a part of the config: a divisor per angle"})
 
 
 def dealt(mixer: Attention) -> Way:

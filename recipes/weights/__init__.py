@@ -22,3 +22,6 @@ def emoji_clip() -> Path:
         raise InputError(f"the shipped weights are not at {path}: install the package again, or train them with "
                          "`mm train clip --config clip_emoji.yaml`")
     return path
+
+
+SHIPPED = {"stories260k": stories260k}  # what commands call them

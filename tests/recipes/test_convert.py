@@ -155,7 +155,7 @@ def test_a_failed_conversion_leaves_the_old_one(hf, tmp_path, monkeypatch):
 
 
 def test_features_that_move_are_noticed(hf, tmp_path, monkeypatch):
-    monkeypatch.setattr("mm.recipes.convert.feature_gap", lambda a, b: float("nan"))
+    monkeypatch.setattr("mm.recipes.convert.output_gap", lambda a, b: float("nan"))
     with pytest.raises(InputError, match="features from the mm layout"):
         convert([str(hf), str(tmp_path / "x"), "--to", "mm"])
     assert not (tmp_path / "x").exists()

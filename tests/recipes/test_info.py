@@ -5,10 +5,12 @@ import json
 import pytest
 import torch
 
+from mm import TextDecoder
 from mm.encoders import CLIP
 from mm.encoders.families import FAMILIES
 from mm.recipes.cli import main
 from mm.recipes.info import count_flops, count_parameters, describe, flops
+from mm.recipes.weights import stories260k
 from mm.tokenizer import clip_tokenizer
 
 
@@ -99,3 +101,36 @@ def test_vision_and_audio_transformers(kind, tmp_path, capsys):
     assert ("3 named classes" if kind == "classifier" else "32 mel bins, 64 frames") in told
     report = describe(str(tmp_path))
     assert report["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+
+
+def test_a_decoder_and_its_cache(capsys):
+    assert main(["info", "stories260k"]) == 0
+    told = " ".join(capsys.readouterr().out.replace("│", " ").split())
+    for part in ("text decoder in the hf layout", "260,032", "1,280 bytes per token", "512 entries"):
+        assert part in told
+    report = describe("stories260k")
+    state = TextDecoder.from_pretrained(stories260k()).init_state(1)
+    assert report["cache"]["at_context"] == sum(cache.k.nbytes + cache.v.nbytes for cache in state.caches)
+    assert report["cache"]["per_token"] == 5 * 2 * 4 * 8 * 4  # layers, key and value, heads, width, bytes
+
+
+@pytest.mark.parametrize("kind, settings", [
+    ("gemma2", {"head_dim": 16, "sliding_window": 6}), ("bert", {}), ("t5", {}),
+    ("mixtral", {"num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 1})])
+def test_language_models_of_every_kind(kind, settings, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    size = {"vocab_size": 97, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "pad_token_id": 0,
+            "num_attention_heads": 4, "max_position_embeddings": 64}
+    if kind == "t5":
+        size = {"vocab_size": 97, "d_model": 32, "d_ff": 48, "num_layers": 2, "num_heads": 4, "pad_token_id": 0}
+    auto = {"bert": transformers.AutoModelForMaskedLM, "t5": transformers.AutoModelForSeq2SeqLM}
+    model = auto.get(kind, transformers.AutoModelForCausalLM).from_config(
+        transformers.AutoConfig.for_model(kind, **size, **settings))
+    model.save_pretrained(tmp_path)
+    report = describe(str(tmp_path))
+    assert report["parameters"]["total"] == sum(p.numel() for p in model.parameters())
+    assert (report["vocabulary"], report["layers"], report["tokenizer"]) == (97, 2, None)
+    assert ("cache" in report) == (kind != "bert") and report["windows"] == (kind == "gemma2")
+    idle = 2 * 3 * 3 * 32 * 48 if kind == "mixtral" else 0  # layers, experts, matrices
+    assert report.get("active", report["parameters"]["total"]) == report["parameters"]["total"] - idle
+    assert main(["info", str(tmp_path)]) == 0

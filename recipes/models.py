@@ -1,0 +1,30 @@
+"""A model of whatever kind, by what its files say."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from mm.pretrained import Pretrained
+
+LANGUAGE = {"decoder": "TextDecoder", "encoder": "TextEncoder", "seq2seq": "Seq2Seq"}
+
+
+def open_any(name: str | Path, *, allow_pickle: bool = False) -> Pretrained:
+    """A language model (a directory, a hub name, a .gguf or llama2.c file), a CLIP or a ViT. Raises InputError."""
+    import mm
+    from mm import checkpoint
+    from mm.families import FAMILIES
+
+    from ..encoders.any import open_model
+
+    path = Path(name).expanduser()
+    kind = "decoder" if path.is_file() else FAMILIES.kind_of(checkpoint.resolve(name, (checkpoint.CONFIG,)))
+    if kind is None:
+        return open_model(name, allow_pickle=allow_pickle)
+    return getattr(mm, LANGUAGE[kind]).from_pretrained(name, allow_pickle=allow_pickle)
+
+
+def is_language(model: Pretrained) -> bool:
+    return model.kind in LANGUAGE
