@@ -17,7 +17,7 @@ from mm.moe import Route
 from mm.norm import build_norm
 from mm.rope import Turn
 from mm.state import KVCache, Write
-from mm.visibility import At
+from mm.visibility import At, Seen
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Scene:
     bias: Bias | None = None
     cache: KVCache | None = None
     write: Write | None = None
-    seen: Tensor | None = None
+    seen: Seen | None = None
     routes: list[Route] | None = None
 
 

@@ -7,22 +7,29 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGE = 1 << 18  # weights; below, the call costs more than the kernel gains
+FEW = 32  # tokens, for which a weight must be four times as large
+MANY = 16  # tokens, from which on transposed weights gain nothing
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D), weight (E, D), bias (E,) -> (..., E).
 
-    Float32 on a CPU without gradients goes to oneDNN, which is up to twice as fast as the BLAS behind `F.linear`."""
+    Float32 on a CPU without gradients goes to oneDNN where it is faster than the BLAS behind `F.linear`, up to twice:
+    not for one token, nor for many by weights that `mm.arrange` transposed."""
     if faster_in_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
 
 
 def faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
-    return (weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and weight.numel() >= LARGE
-            and not torch.is_grad_enabled() and not torch.compiler.is_compiling() and x.numel() > 0
-            and type(x) is Tensor and type(weight) in (Tensor, nn.Parameter) and ONEDNN
-            and not torch.is_autocast_enabled("cpu"))
+    if (torch.is_grad_enabled() or torch.compiler.is_compiling() or not ONEDNN or weight.device.type != "cpu"
+            or not weight.dtype == x.dtype == torch.float32 or type(x) is not Tensor
+            or type(weight) not in (Tensor, nn.Parameter) or torch.is_autocast_enabled("cpu")):
+        return False
+    rows = x.numel() // weight.shape[1]
+    if weight.stride(0) == 1:
+        return 2 < rows < MANY
+    return rows > 1 and weight.numel() >= (LARGE if rows > FEW else 4 * LARGE)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

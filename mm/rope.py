@@ -58,10 +58,8 @@ def apply(x: Tensor, by: Turn) -> Tensor:
     wide = x.to(torch.promote_types(x.dtype, by.cos.dtype))
     if by.layout == "interleaved" and not torch.compiler.is_compiling() and x.stride(-1) == 1:
         return spun(wide, by).to(x.dtype)
-    if by.layout == "half":
-        partner = torch.cat([wide[..., width // 2:], wide[..., :width // 2]], -1)
-    else:
-        partner = wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
+    half = by.layout == "half"
+    partner = wide.roll(width // 2, -1) if half else wide.unflatten(-1, (-1, 2)).flip(-1).flatten(-2)
     return torch.addcmul(wide * by.cos, partner, by.sin).to(x.dtype)
 
 

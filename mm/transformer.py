@@ -15,14 +15,14 @@ from mm import schema, spec
 from mm.attention import Scene
 from mm.block import Block
 from mm.errors import InputError
-from mm.kernels.tiled import FEW
+from mm.kernels.tiled import ROWS
 from mm.memory import Memory
 from mm.moe import Route
 from mm.norm import build_norm
 from mm.positions import build_bias
 from mm.spec import attention
 from mm.state import Int8Cache, KVCache, Slots, StackState, check_state
-from mm.visibility import EMPTY, At, along, visible
+from mm.visibility import EMPTY, At, Seen, along, visible
 
 
 class Transformer(nn.Module):
@@ -127,19 +127,20 @@ class Transformer(nn.Module):
         return outputs
 
     def scenes(self, at: At, state: StackState | None) -> list[Scene]:
-        """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size."""
+        """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size,
+        and once per distinct sight what one tile of queries sees."""
         turns = [rotary.turn(at.turns, rope, width) for rope, width in self.ropes]
         turn_of = [None if i is None else turns[i] for i in self.rope_of]
         if state is None:
             return [Scene(at, turn, self.bias) for turn in turn_of]
         writes = {slots.size: slots.write(at) for slots in state.slots}
-        few = not torch.compiler.is_exporting() and at.position.shape[1] <= FEW
-        seen: dict[tuple[int, spec.Sight], Tensor] = {}
+        one_tile = not torch.compiler.is_exporting() and at.position.shape[1] <= ROWS
+        seen: dict[tuple[int, spec.Sight], Seen] = {}
         scenes = []
         for layer, turn, cache in zip(self.stack.layers, turn_of, state.caches, strict=True):
             size, sight = cache.k.shape[2] - 1, attention(layer).sight
-            if few and (size, sight) not in seen:
-                seen[size, sight] = visible(at, writes[size].k_at, sight)
+            if one_tile and (size, sight) not in seen:
+                seen[size, sight] = Seen.of(visible(at, writes[size].k_at, sight))
             scenes.append(Scene(at, turn, self.bias, cache, writes[size], seen.get((size, sight))))
         return scenes
 

@@ -91,6 +91,23 @@ def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
     return (seen | (k == ANYWHERE)).expand(-1, q.shape[1], -1)
 
 
+@dataclass(frozen=True)
+class Seen:
+    """`visible` as it is added to scores. mask: (B, T, S) float32, 0 where a key is seen and -inf elsewhere; blind:
+    (B, T, 1) bool, the queries that see nothing."""
+
+    mask: Tensor
+    blind: Tensor
+
+    @classmethod
+    def of(cls, visible: Tensor) -> Seen:
+        mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
+        return cls(mask, ~visible.any(-1, keepdim=True))
+
+
+register(Seen)
+
+
 def all_visible(q_at: At, k_at: At, sight: Sight) -> bool:
     """Whether, by structure alone, every query sees every key."""
     return q_at.regular and k_at.regular and sight == EVERYWHERE

@@ -10,7 +10,7 @@ from mm.kernels.problem import Bias, Problem, check
 from mm.kernels.tiled import tiled
 from mm.rope import Turn
 from mm.spec import CAUSAL, EVERYWHERE, Sight
-from mm.visibility import At, all_visible
+from mm.visibility import At, Seen, all_visible
 
 __all__ = ["attend", "explain"]
 
@@ -18,12 +18,12 @@ __all__ = ["attend", "explain"]
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, sight: Sight = EVERYWHERE,
            q_turn: Turn | None = None, k_turn: Turn | None = None, bias: Bias | None = None,
            sinks: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
-           dropout: float = 0.0, seen: Tensor | None = None) -> Tensor:
+           dropout: float = 0.0, seen: Seen | None = None) -> Tensor:
     """Softmax attention: q (B, H, T, E), k (B, K, S, E), v (B, K, S, F) -> (B, H, T, F), H a multiple of K.
 
     q_at, k_at: where the tokens are; with `sight` they decide who sees whom. q_turn, k_turn: rotary embeddings still to
     be applied (keys from a cache come rotated). bias: called per tile, added to the scores after the softcap.
-    seen: (B, T, S) bool, `visible(q_at, k_at, sight)` where the caller has it already. sinks: (H,) logits that take
+    seen: what `visible(q_at, k_at, sight)` gives, where the caller has it already. sinks: (H,) logits that take
     weight and give nothing. A query that sees nothing gives 0.
     Raises InputError on mismatched shapes.
     """

@@ -10,7 +10,7 @@ from torch import Tensor
 from mm.errors import InputError
 from mm.rope import Turn
 from mm.spec import Sight
-from mm.visibility import At, visible
+from mm.visibility import At, Seen, visible
 
 Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
 
@@ -27,16 +27,21 @@ class Problem:
     sinks: Tensor | None = None
     softcap: float = 0.0
     dropout: float = 0.0
-    seen: Tensor | None = None
+    shown: Seen | None = None
 
     def visible(self) -> Tensor:
-        """(B, T, S) bool; `seen` where the caller has it already."""
-        return self.seen if self.seen is not None else visible(self.q_at, self.k_at, self.sight)
+        """(B, T, S) bool."""
+        return visible(self.q_at, self.k_at, self.sight)
+
+    def seen(self) -> Seen:
+        """The same as a mask; `shown` where the caller has it already."""
+        return Seen.of(self.visible()) if self.shown is None else self.shown
 
     def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
         """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
+        shown = self.shown and Seen(self.shown.mask[:, slice(*rows), slice(*keys)], self.shown.blind[:, slice(*rows)])
         return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None,
-                       seen=None if self.seen is None else self.seen[:, slice(*rows), slice(*keys)])
+                       shown=shown)
 
     @property
     def aligned(self) -> bool:

@@ -13,7 +13,6 @@ from torch.utils.checkpoint import checkpoint
 from mm.kernels.problem import Problem
 
 ROWS = 256
-FEW = 4  # queries; for so few, SDPA on a CPU is slower than its three products
 
 
 def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
@@ -51,10 +50,9 @@ def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, 
 
 def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile; heads that share keys are grouped, so that keys and values are never copied."""
-    few = not torch.compiler.is_exporting() and q.shape[2] <= FEW and not torch.is_grad_enabled()
-    if not problem.softcap and problem.sinks is None and not few:
+    if not problem.softcap and problem.sinks is None:
         return by_sdpa(q, k, v, problem)
-    seen = problem.visible()[:, None, None]
+    seen = problem.seen()
     groups = (q.shape[1] // k.shape[1], q.shape[2])
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, E): one product per key head
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -63,11 +61,11 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.bias is not None:
         scores = scores + problem.bias(problem.q_at, problem.k_at).unflatten(1, (k.shape[1], -1))
-    scores = scores.masked_fill(~seen, -torch.inf)
+    scores = scores.masked_fill(seen.mask[:, None, None] < 0, -torch.inf)
     if problem.sinks is not None:
         column = problem.sinks.to(wide).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column], -1)
-    weights = torch.softmax(scores, -1).masked_fill(~seen.any(-1, keepdim=True), 0.0)[..., : k.shape[2]]
+    weights = torch.softmax(scores, -1).masked_fill(seen.blind[:, None, None], 0.0)[..., : k.shape[2]]
     weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
     if torch.compiler.is_exporting():  # a product over G * T rows would tie the exported length to its example
         return torch.einsum("bkgts,bksf->bkgtf", weights.to(v.dtype), v).flatten(1, 2)
@@ -76,10 +74,10 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile through SDPA with a mask; rows that see nothing give 0."""
-    seen = problem.visible().unsqueeze(1)
-    mask = seen
+    seen = problem.seen()
+    mask = seen.mask.to(q.dtype).unsqueeze(1)
     if problem.bias is not None:
-        mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(~seen, -torch.inf)
+        mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(mask < 0, -torch.inf)
     out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
-    return out.masked_fill(~seen.any(-1, keepdim=True), 0.0)
+    return out.masked_fill(seen.blind.unsqueeze(1), 0.0)

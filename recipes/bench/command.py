@@ -10,6 +10,7 @@ BENCHES = {
     "clip": ("mm.recipes.bench.clip:clip", "ViT-B/32 encode and training step against open_clip"),
     "vit": ("mm.recipes.bench.vit:vit", "ViT-B/16, EVA-02-B and DINOv3-B against timm"),
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
+    "decode": ("mm.recipes.bench.decode:decode", "a language model's tokens per second against transformers"),
     "loss": ("mm.recipes.bench.loss:loss", "contrastive losses in tiles against open_clip's, memory and time"),
     "gradcache": ("mm.recipes.bench.gradcache:gradcache", "a large batch in chunks against open_clip's accumulation"),
     "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),

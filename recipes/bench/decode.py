@@ -1,0 +1,104 @@
+"""`mm bench decode`: 128 tokens written after 128 by a model of SmolLM2-135M's shape on a CPU, against transformers'
+`generate` with the same random weights, and against the speed at which memory is read."""
+
+from __future__ import annotations
+
+import argparse
+import tempfile
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from mm.arrange import arrange
+from mm.decoder import TextDecoder
+from mm.errors import InputError
+from mm.quantize import quantize
+from mm.sampling import Sampling
+
+from ..search.arguments import positive
+from .report import Case, cores, interleave, report
+
+PACKAGES = ("torch", "transformers")
+VOCAB, PROMPT, NEW, LONG, ROWS = 49152, 128, 128, 1024, 8
+SHAPE = {"vocab_size": VOCAB, "hidden_size": 576, "num_hidden_layers": 30, "num_attention_heads": 9,
+         "num_key_value_heads": 3, "intermediate_size": 1536, "max_position_embeddings": 2048, "rope_theta": 1e5,
+         "tie_word_embeddings": True, "bos_token_id": None, "eos_token_id": None}
+HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
+Write = Callable[[Tensor, int], list[list[int]]]  # prompts (B, T), how many tokens -> the tokens
+
+
+def decode(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="mm bench decode", description=__doc__)
+    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
+    parser.add_argument("--repeats", type=positive, default=3, help="timed calls of each (default: 3)")
+    parser.add_argument("--json", metavar="FILE", help="write the figures here")
+    args = parser.parse_args(argv)
+    torch.set_num_threads(args.threads)
+    with torch.inference_mode():
+        return report("decode", measure(args.repeats), packages=PACKAGES, json_file=args.json)
+
+
+def measure(repeats: int) -> list[Case]:
+    torch.manual_seed(0)
+    with tempfile.TemporaryDirectory() as folder:
+        theirs, halves = peers(folder)
+        whole, small = (TextDecoder.from_pretrained(folder) for _ in range(2))
+    ours, int8 = our_writer(arrange(whole)), our_writer(quantize(small))
+    one, many, long = (torch.randint(VOCAB, shape) for shape in ((1, PROMPT), (ROWS, PROMPT), (1, LONG)))
+    for ids in (one, many):
+        if ours(ids, NEW) != theirs(ids, NEW):
+            raise InputError("our greedy tokens are not transformers', so that a timing would mean nothing")
+    best = fastest({"fp32": theirs, **halves}, one)
+    return [race("fp32", ours, theirs, one, NEW, repeats, 1.5),
+            race(f"int8 weights, peer {best}", int8, {"fp32": theirs, **halves}[best], one, NEW, repeats, 3.0),
+            bandwidth(whole, ours, one, repeats),
+            race(f"fp32, {ROWS} rows", ours, theirs, many, NEW, repeats, 1.3),
+            race(f"fp32, a prompt of {LONG} read", ours, theirs, long, 1, repeats, 1.0)]
+
+
+def race(name: str, ours: Write, peer: Write, ids: Tensor, new: int, repeats: int, at_least: float) -> Case:
+    """Tokens per second: those written, or those read where one is written."""
+    timing = interleave(lambda: ours(ids, new), lambda: peer(ids, new), repeats, warmup=0)
+    count = ids.shape[0] * new if new > 1 else ids.numel()
+    return Case(case=name, ours=count / timing.ours, peer=count / timing.peer, ratio=timing.ratio, at_least=at_least,
+                unit="tokens/s")
+
+
+def bandwidth(model: nn.Module, write: Write, ids: Tensor, repeats: int) -> Case:
+    """Bytes of weights that decoding reads per second, beside a plain sum over a gigabyte."""
+    block = torch.ones(1 << 28)
+    size = sum(p.numel() * p.element_size() for p in model.parameters())
+    whole = interleave(lambda: write(ids, NEW), block.sum, repeats)
+    first = interleave(lambda: write(ids, 1), block.sum, repeats)
+    ours, peer = size * (NEW - 1) / (whole.ours - first.ours) / 1e9, 4e-9 * len(block) / min(whole.peer, first.peer)
+    return Case(case="fp32, weights read, beside memory", ours=ours, peer=peer, ratio=ours / peer, at_least=0.6,
+                unit="GB/s")
+
+
+def fastest(writers: dict[str, Write], ids: Tensor) -> str:
+    def seconds(write: Write) -> float:
+        return interleave(lambda: write(ids, 16), lambda: None, 1).ours
+    return min(writers, key=lambda name: seconds(writers[name]))
+
+
+def our_writer(model: TextDecoder) -> Write:
+    return lambda ids, new: [out.ids for out in model.generate(ids, Sampling(max_tokens=new))]
+
+
+def peers(folder: str) -> tuple[Write, dict[str, Write]]:
+    """transformers' model in float32, written to the folder, and in shorter types."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers.utils import logging
+
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+
+    def writer(model: LlamaForCausalLM) -> Write:
+        return lambda ids, new: model.eval().generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
+        )[:, ids.shape[1]:].tolist()
+    whole = LlamaForCausalLM(LlamaConfig(**SHAPE))
+    whole.save_pretrained(folder)
+    return writer(whole), {name: writer(LlamaForCausalLM.from_pretrained(folder, dtype=dtype))
+                           for name, dtype in HALVES.items()}
