@@ -27,7 +27,7 @@ def test_help_answers_without_torch():
     assert out.startswith("usage: mm ") and out.endswith("[]\n0\n")
 
 
-@pytest.mark.parametrize("name", ["mm", "mm.encoders"])
+@pytest.mark.parametrize("name", ["mm", "mm.encoders", "mm.codecs"])
 def test_public_names_are_there(name):
     package = import_module(name)
     assert package.__all__ == sorted(package.__all__) and set(package.__all__) <= set(dir(package))
