@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import numpy as np
 from torch.utils.data import Sampler
@@ -15,6 +16,13 @@ from mm.errors import InputError
 def generator(*key: int) -> np.random.Generator:
     """A random generator that depends on these numbers alone; every use in a recipe has a key of its own."""
     return np.random.Generator(np.random.Philox(np.random.SeedSequence(key)))
+
+
+def readers(trainer: Any) -> tuple[int, int]:
+    """(the number of this one, how many) of the trainer's processes that read different rows: those that split layers
+    between them read the same."""
+    shares = trainer.distributed_sampler_kwargs
+    return (shares["rank"], shares["num_replicas"]) if shares else (0, 1)
 
 
 def torch_seed(*key: int) -> int:

@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict
-from functools import cached_property
 from itertools import combinations
 from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import Tensor, nn
 
 from mm.errors import InputError
@@ -19,21 +16,18 @@ from mm.schema import from_data, to_data
 from ...encoders.clip import CLIP
 from ...encoders.spec import CLIPSpec
 from ..data.module import Batch
-from ..data.sampler import torch_seed
 from .gather import mean_over_processes, siglip_ring
 from .gradcache import in_chunks
 from .loss import clip_loss, siglip_loss
-from .optim import adamw, rate, update_average
+from .optim import adamw
+from .recipe import Recipe
 from .settings import Lock, Lora, Loss, Optim
-from .shard import clip_gradients, separate, shard, shell, whole
-from .tune import digest, moving_copy, tune
+from .tune import tune
 
 LARGEST_SCALE = math.log(100)
-DROPPING = 4  # the last number of the keys of the generators that dropout draws from
-LOCKED = "locked"  # what a checkpoint says about the weights that it leaves out
 
 
-class ClipRecipe(lightning.LightningModule):
+class ClipRecipe(Recipe):
     """A CLIP in training and, in `average`, the moving average of its weights.
 
     The settings may be given as the dataclasses or as the plain data that a checkpoint holds, so that
@@ -41,52 +35,31 @@ class ClipRecipe(lightning.LightningModule):
     of that spec to go on with, if not a new one.
     """
 
+    learner = "clip"
+
     def __init__(self, spec: CLIPSpec | dict[str, Any], optim: Optim | dict[str, Any], loss: Loss | dict[str, Any],
                  seed: int = 0, clip: CLIP | None = None, lock: Lock | dict[str, Any] = Lock(),  # noqa: B008
                  lora: Lora | dict[str, Any] | None = None) -> None:
-        super().__init__()
+        super().__init__(Optim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
-        self.optim = Optim(**optim) if isinstance(optim, dict) else optim
         self.loss = Loss(**loss) if isinstance(loss, dict) else loss
         lock = Lock(**lock) if isinstance(lock, dict) else lock
         lora = Lora(**lora) if isinstance(lora, dict) else lora
-        self.seed = seed
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "seed": seed, "lock": asdict(lock),
                                    "lora": lora and asdict(lora)})
-        self.clip = clip or CLIP(self.settings)
-        if self.clip.logit_bias is not None and self.loss.kind == "softmax":
-            self.clip.logit_bias.requires_grad_(False)  # it moves all logits alike, which the softmax does not see
+        clip = clip or CLIP(self.settings)
+        if clip.logit_bias is not None and self.loss.kind == "softmax":
+            clip.logit_bias.requires_grad_(False)  # it moves all logits alike, which the softmax does not see
         self.dims = leading(self.loss.matryoshka, self.settings.dim)
-        trained = {id(p) for p in self.clip.parameters() if p.requires_grad}
-        tune(self.clip, lock, lora)
-        self.locked = [name for name, p in self.clip.named_parameters() if id(p) in trained and not p.requires_grad]
-        self.average = moving_copy(self.clip)
-        self.hollow: list[nn.Module] = []  # the shell of a model that is spread over processes
-        self.last: dict[str, Any] = {}  # what is worth logging about the last step
+        self.hold(clip, lambda clip: tune(clip, lock, lora))
 
-    def configure_model(self) -> None:
-        """Spreads the weights over processes where the strategy asks for that."""
-        spread = self._trainer is not None and isinstance(self.trainer.strategy, ModelParallelStrategy)
-        if spread and not self.hollow:
-            self.hollow = [shell(self.average)]
-            for model in (self.clip, self.average):
-                shard(model, self.device_mesh["data_parallel"])
+    def towers(self, model: nn.Module) -> list[nn.Module]:
+        """Scale and offset stay whole."""
+        return [tower for tower in (model.image, model.text, model.audio) if tower is not None]
 
-    def whole_average(self) -> nn.Module:
-        """The averaged model in one piece; all processes have to call it."""
-        return whole(self.average, self.hollow[0]) if self.hollow else self.average
-
-    def configure_optimizers(self) -> dict[str, Any]:
-        optimizer = adamw(self.clip, self.optim)
-        if self.hollow:
-            separate(optimizer)
-        total = self.trainer.max_steps
-        schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate(step, total, self.optim))
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
-
-    def on_train_batch_start(self, batch: Batch, batch_idx: int) -> None:
-        torch.manual_seed(torch_seed(self.seed, self.global_step, self.global_rank, DROPPING))
+    def optimizer(self) -> torch.optim.Optimizer:
+        return adamw(self.clip, self.optim)
 
     def training_step(self, batch: Batch, batch_idx: int) -> Tensor:
         """The loss of the whole batch over all processes or, of a siglip loss, this process's share of it."""
@@ -137,41 +110,9 @@ class ClipRecipe(lightning.LightningModule):
             if self.hollow and parameter is not None and parameter.grad is not None:
                 parameter.grad = mean_over_processes(parameter.grad)
 
-    def configure_gradient_clipping(self, optimizer: torch.optim.Optimizer, *_: Any, **__: Any) -> None:
-        largest = self.optim.clip or math.inf
-        self.last["gradient"] = clip_gradients(self.clip.parameters(), largest).detach()
-
-    def optimizer_step(self, *args: Any, **kwargs: Any) -> None:
-        super().optimizer_step(*args, **kwargs)
+    def after_step(self) -> None:
         with torch.no_grad():
             self.clip.logit_scale.clamp_(max=LARGEST_SCALE)
-        update_average(self.average, self.clip, self.optim.ema, self.global_step + 1)
-
-    # --------------------------------------------------------------------------------------- checkpoints
-    def locked_names(self) -> list[str]:
-        return [f"{model}.{name}" for model in ("clip", "average") for name in self.locked]
-
-    @cached_property
-    def locked_digest(self) -> str:
-        parameters = dict(self.clip.named_parameters())
-        return digest({name: parameters[name] for name in self.locked})
-
-    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Leaves out what is locked."""
-        if self.locked and not self.hollow:
-            for name in self.locked_names():
-                checkpoint["state_dict"].pop(name)
-            checkpoint[LOCKED] = self.locked_digest
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Puts what is locked back. Raises InputError when this model's locked weights are not those of the run."""
-        if checkpoint.get(LOCKED) is None:
-            return
-        if checkpoint[LOCKED] != self.locked_digest:
-            raise InputError("the checkpoint leaves out the locked weights, and those of this model are not the ones "
-                             "that the run began with")
-        own = self.state_dict()
-        checkpoint["state_dict"] |= {name: own[name] for name in self.locked_names()}
 
 
 def leading(dims: tuple[int, ...], width: int) -> list[int]:

@@ -28,6 +28,7 @@ from .clip import ClipRecipe
 from .run import WholeFiles, begin
 from .settings import FREE, ClipJob, Lock, Trainer
 from .shape import add_bias, can_trim, new_clip
+from .shard import strategy
 from .tune import TOWERS, with_patch_dropout
 from .watch import CURVES, Watch
 
@@ -46,7 +47,8 @@ def fit(job: ClipJob) -> None:
     clip = starting_model(job, pairs)
     recipe = ClipRecipe(clip.spec, job.optim, job.loss, job.trainer.seed, clip, locks(job, pairs, clip), job.lora)
     watch = Watch(out, job.trainer, measure_with(job))
-    trainer = lightning_trainer(job.trainer, watch, strategy(job, pairs))
+    several = len({pair.kinds for pair in pairs.items}) > 1  # kinds of things, so that a batch leaves a tower out
+    trainer = lightning_trainer(job.trainer, watch, strategy(job.shard, job.trainer.devices, idle=several))
     if trainer.is_global_zero:
         introduce(job, pairs, clip, checkpoint)
     data = PairsModule(pairs, model_input(clip), job.data, job.augment, job.trainer.seed,
@@ -107,13 +109,6 @@ def measure_with(job: ClipJob) -> Callable[[nn.Module], dict[str, float]] | None
         return None
     source = open_source(job.data.val, job.data.templates)
     return lambda clip: dict(flat(Meter(clip=clip, templates=job.data.templates)(source)))
-
-
-def strategy(job: ClipJob, pairs: Pairs) -> str | ModelParallelStrategy:
-    if job.shard and job.trainer.devices > 1:
-        return ModelParallelStrategy(job.trainer.devices, 1, save_distributed_checkpoint=False)
-    one = len({pair.kinds for pair in pairs.items}) == 1
-    return "ddp" if one else "ddp_find_unused_parameters_true"  # of several kinds, a batch leaves a tower out
 
 
 def lightning_trainer(settings: Trainer, watch: Watch, strategy: str | ModelParallelStrategy = "ddp"

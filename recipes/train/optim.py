@@ -1,9 +1,10 @@
-"""How weights are moved: AdamW, warm-up and cosine, less for lower layers, and the moving average beside them."""
+"""How weights are moved: AdamW, warm-up and schedule, less for lower layers, and the moving average beside them."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,15 +14,20 @@ from .shard import local
 
 
 def adamw(module: nn.Module, optim: Optim, share: Callable[[str], float] = lambda name: 1.0) -> torch.optim.AdamW:
-    """Weight decay falls on matrices that multiply activations: not on norms, biases, tables, tokens or scales.
-    `share(name)` multiplies a parameter's learning rate; the groups with the largest come first."""
-    groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+    """`share(name)` multiplies a parameter's learning rate; the groups with the largest come first."""
+    settings = [group | {"lr": optim.lr * part} for part, group in parameter_groups(module, optim, share)]
+    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+
+
+def parameter_groups(module: nn.Module, optim: Optim, key: Callable[[str], Any]) -> list[tuple[Any, dict[str, Any]]]:
+    """What trains, by `key(name)` and by weight decay, the largest keys first. Weight decay falls on matrices that
+    multiply activations: not on norms, biases, tables, tokens or scales."""
+    groups: dict[tuple[Any, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((share(name), decays(name, parameter)), []).append(parameter)
-    settings = [{"params": groups[part, heavy], "lr": optim.lr * part,
-                 "weight_decay": optim.weight_decay if heavy else 0.0} for part, heavy in sorted(groups, reverse=True)]
-    return torch.optim.AdamW(settings, lr=optim.lr, betas=(optim.beta1, optim.beta2), eps=optim.eps, fused=True)
+            groups.setdefault((key(name), decays(name, parameter)), []).append(parameter)
+    return [(part, {"params": groups[part, heavy], "weight_decay": optim.weight_decay if heavy else 0.0})
+            for part, heavy in sorted(groups, reverse=True)]
 
 
 def decays(name: str, parameter: Tensor) -> bool:
@@ -42,8 +48,10 @@ def rate(step: int, total: int, optim: Optim) -> float:
     """What `lr` is multiplied by at a step, counted from 0."""
     if step < optim.warmup:
         return (step + 1) / optim.warmup
-    share = (step - optim.warmup) / max(total - optim.warmup, 1)
-    return optim.final + (1 - optim.final) * 0.5 * (1 + math.cos(math.pi * min(share, 1.0)))
+    start = optim.warmup if optim.schedule == "cosine" else max(optim.warmup, round(total * (1 - optim.decay)))
+    share = min(max(step - start, 0) / max(total - start, 1), 1.0)
+    left = 0.5 * (1 + math.cos(math.pi * share)) if optim.schedule == "cosine" else 1 - share
+    return optim.final + (1 - optim.final) * left
 
 
 @torch.no_grad()

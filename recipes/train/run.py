@@ -18,11 +18,17 @@ SETTINGS, LAST = "settings.json", "last.ckpt"
 
 
 class WholeFiles(TorchCheckpointIO):
-    """Checkpoints that appear under their name only when they are complete and on disk."""
+    """Checkpoints that appear under their name only when they are complete and on disk. Raises InputError where that
+    fails, as on a full disk; what had the name before keeps it."""
 
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
-        with replacing(Path(path)) as part:
-            torch.save(checkpoint, part)
+        kept = "the previous one is still there" if Path(path).exists() else "there is none yet"
+        try:
+            with replacing(Path(path)) as part:
+                torch.save(checkpoint, part)
+        except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
+            reason = str(error).strip().split("\n")[0]
+            raise InputError(f"the checkpoint {path} cannot be written ({reason}); {kept}") from None
 
 
 def begin(out: Path, settings: Mapping[str, Any], free: frozenset[str]) -> Path | None:

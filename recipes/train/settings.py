@@ -144,10 +144,12 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up (in steps) and cosine.
+    """AdamW with warm-up (in steps) and a schedule.
 
-    final: what is left of `lr` at the end. clip: the largest gradient norm (0: any). ema: the decay of the averaged
-    weights that are evaluated and exported (0: the weights themselves).
+    schedule: after the warm-up `lr` falls as a cosine or, of `wsd`, stays until the last steps and falls straight.
+    decay: the share of all steps in which it falls (wsd). final: what is left of `lr` at the end.
+    clip: the largest gradient norm (0: any). ema: the decay of the averaged weights that are evaluated and exported
+    (0: the weights themselves).
     """
 
     lr: float = 5e-4
@@ -156,6 +158,8 @@ class Optim:
     beta2: float = 0.98
     eps: float = 1e-6
     warmup: int = 100
+    schedule: Literal["cosine", "wsd"] = "cosine"
+    decay: float = 0.2
     final: float = 0.0
     clip: float = 1.0
     ema: float = 0.999
@@ -164,6 +168,8 @@ class Optim:
         for name in ("beta1", "beta2", "ema"):
             if not 0 <= getattr(self, name) < 1:
                 raise InputError(f"optim.{name} must lie in [0, 1), not {getattr(self, name)}")
+        if not 0 < self.decay <= 1:
+            raise InputError(f"optim.decay must lie in (0, 1], not {self.decay}")
         if self.lr <= 0:
             raise InputError(f"optim.lr must be positive, not {self.lr}")
 

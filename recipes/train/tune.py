@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import hashlib
 from dataclasses import replace
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from mm.errors import InputError
 from mm.lora import add_lora
@@ -70,18 +67,3 @@ def with_patch_dropout(clip: CLIP, rate: float) -> None:
         raise InputError(f"patch_dropout cannot be set: the image tower is timm's {clip.spec.image.name}")
     clip.spec = replace(clip.spec, image=replace(clip.spec.image, patch_dropout=rate))
     clip.image.spec = clip.spec.image
-
-
-def moving_copy(clip: CLIP) -> CLIP:
-    """A copy for averages, which shares what does not train."""
-    locked = {id(p): p for p in clip.parameters() if not p.requires_grad}
-    return copy.deepcopy(clip, locked).requires_grad_(False)
-
-
-def digest(tensors: dict[str, Tensor]) -> str:
-    """Sixteen hex digits of tensors by name."""
-    made = hashlib.sha256()
-    for name, value in sorted(tensors.items()):
-        made.update(f"{name} {value.dtype} {tuple(value.shape)}".encode())
-        made.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy())
-    return made.hexdigest()[:16]

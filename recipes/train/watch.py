@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import itertools
 import math
+import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import lightning
 import torch
+from lightning.pytorch.utilities.exceptions import SIGTERMException
 from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 
@@ -24,6 +26,7 @@ from .settings import Trainer
 
 COLUMNS = ("loss", "lr", "gradient", "scale")
 MOST_TOLD = 20  # sentences of one kind
+SHOWN = ("R@1", "top-1", "perplexity")  # ends of the names of measures that the progress bar tells
 TRAIN, VALIDATION, CURVES = "train.csv", "validation.csv", "curves.png"
 Measure = Callable[[nn.Module], dict[str, float]]
 
@@ -31,14 +34,16 @@ Measure = Callable[[nn.Module], dict[str, float]]
 class Watch(lightning.Callback):
     """Logs each step, evaluates the averaged weights with `measure` and saves, at their intervals and at the end.
 
-    Raises InputError when the loss is no longer finite; nothing is saved after that step. `measured` is the last
-    evaluation, `seconds` the time spent so far, and `notes` holds {kind: {key: sentence}} of unreadable pictures and
-    cut captions; a continued run goes on counting.
+    Raises InputError when the loss or its gradient is no longer finite; nothing is saved after that step. `tell(step)`
+    says what the batch of a step held, for that message. A run that is told to end (SIGTERM) saves first. `measured` is
+    the last evaluation, `seconds` the time spent so far, and `notes` holds {kind: {key: sentence}} of unreadable
+    pictures and cut captions; a continued run goes on counting.
     """
 
-    def __init__(self, out: Path, settings: Trainer, measure: Measure | None, columns: tuple[str, ...] = COLUMNS
-                 ) -> None:
-        self.out, self.settings, self.measure, self.columns = out, settings, measure, columns
+    def __init__(self, out: Path, settings: Trainer, measure: Measure | None, columns: tuple[str, ...] = COLUMNS,
+                 tell: Callable[[int], str] | None = None) -> None:
+        self.out, self.settings, self.measure, self.columns, self.tell = out, settings, measure, columns, tell
+        self.saved = 0  # the step of the last checkpoint
         self.notes: dict[str, dict[str, str]] = {}
         self.measured: dict[str, float] = {}
         self.seconds = 0.0
@@ -54,6 +59,7 @@ class Watch(lightning.Callback):
 
     def on_train_start(self, trainer: lightning.Trainer, module: lightning.LightningModule) -> None:
         self.chief, self.began, self.clock = trainer.is_global_zero, trainer.global_step, time.monotonic()
+        self.saved = trainer.global_step
         if self.chief:
             self.log, self.validation = CsvLog(self.out / TRAIN, self.columns), None
             self.log.open(self.began)
@@ -67,10 +73,11 @@ class Watch(lightning.Callback):
         self.take(batch.notes)
         log, evaluate, save = (step == trainer.max_steps or step % every == 0 for every in
                                (self.settings.log, self.settings.evaluate, self.settings.save))
+        save = save or (trainer.received_sigterm and trainer.world_size == 1)  # several do not hear it at one step
         if log or evaluate or save:
             self.flush()
         if evaluate and self.measure:
-            average = module.whole_average() if hasattr(module, "whole_average") else module.average
+            average = module.whole_average()
             if self.chief:
                 self.evaluate(trainer, self.measure(average))
         if save:
@@ -91,16 +98,21 @@ class Watch(lightning.Callback):
         """Writes the rows of the steps since the last time."""
         rows = [{name: float(value) for name, value in row.items()} | {"step": row["step"]} for row in self.rows]
         self.rows = []
-        good = list(itertools.takewhile(lambda row: math.isfinite(row["loss"]), rows))
+        good = list(itertools.takewhile(lambda row: bad_value(row) is None, rows))
         if self.chief:
             self.log.write(good)
             for row in good:
                 for name in self.columns:
                     self.board.add_scalar(f"train/{name}", row[name], row["step"])
         if len(good) < len(rows):
-            bad = rows[len(good)]
-            raise InputError(f"the loss is {bad['loss']} at step {bad['step']}: the run stops; a lower optim.lr, a "
-                             "longer optim.warmup or a smaller optim.clip may help")
+            raise InputError(self.broken(rows[len(good)]))
+
+    def broken(self, row: Mapping[str, float]) -> str:
+        step, name = row["step"], bad_value(row)
+        held = f", in a batch of {self.tell(step)}" if self.tell else ""
+        kept = f"{self.out / LAST} holds step {self.saved}" if self.saved else "no checkpoint was saved yet"
+        return (f"the {name} is {row[name]} at step {step}{held}: the run stops, {kept}; a lower optim.lr, a longer "
+                "optim.warmup or a smaller optim.clip may help")
 
     def evaluate(self, trainer: lightning.Trainer, measured: dict[str, float]) -> None:
         step, self.measured = trainer.global_step, measured
@@ -112,13 +124,14 @@ class Watch(lightning.Callback):
             self.board.add_scalar(name, value, step)
         pace = (time.monotonic() - self.clock) / (step - self.began)
         left = pace * (trainer.max_steps - step) / 60
-        table = ", ".join(f"{name} {value:.1f}" for name, value in measured.items() if name.endswith(("R@1", "top-1")))
+        table = ", ".join(f"{name} {value:.1f}" for name, value in measured.items() if name.endswith(SHOWN))
         self.say(f"step {step} of {trainer.max_steps}: {table} ({pace:.2f} s a step, {left:.0f} min left)")
 
     def save(self, trainer: lightning.Trainer) -> None:
         now = time.monotonic()
         self.seconds, self.clock, self.began = self.seconds + now - self.clock, now, trainer.global_step
         trainer.save_checkpoint(self.out / LAST)
+        self.saved = trainer.global_step
 
     def say(self, sentence: str) -> None:
         if self.bar:
@@ -132,14 +145,21 @@ class Watch(lightning.Callback):
             plot(self.out / TRAIN, validation if validation.exists() else None, self.out / CURVES)
 
     def on_exception(self, trainer: lightning.Trainer, module: Any, exception: BaseException) -> None:
-        if isinstance(exception, KeyboardInterrupt):
-            self.say(f"interrupted at step {trainer.global_step}; the same command goes on from the last checkpoint")
+        if isinstance(exception, KeyboardInterrupt | SIGTERMException):
+            self.say(f"interrupted at step {trainer.global_step}; the same command goes on from step {self.saved}")
+        if isinstance(exception, SIGTERMException):
+            exception.code = 128 + signal.SIGTERM  # the exit status
         self.close()
 
     def close(self) -> None:
         if self.chief:
             self.bar.__exit__()
             self.board.close()
+
+
+def bad_value(row: Mapping[str, float]) -> str | None:
+    """The first of loss and gradient that is not finite."""
+    return next((name for name in ("loss", "gradient") if not math.isfinite(row[name])), None)
 
 
 def merged(notes: dict[str, dict[str, str]], world: int) -> dict[str, dict[str, str]]:
