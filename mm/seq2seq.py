@@ -49,14 +49,16 @@ class Seq2Seq(Pretrained):
         """mask, target_mask: bool, False for padding on either side. Raises InputError on wrong shapes."""
         return self.decoder(target, mask=target_mask, memory=self.remember(ids, mask))
 
-    def encode(self, ids: Tensor, mask: Tensor | None = None) -> Tensor:
-        """ids (B, S) -> (B, S, D). Raises InputError on wrong shapes and for more tokens than positions."""
+    def encode(self, ids: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Tensor:
+        """ids (B, S) -> (B, S, D). documents: (B, S) ids of packed documents, -1 for padding, which do not see each
+        other. Raises InputError on wrong shapes and for more tokens than positions."""
         self.check(ids, mask)
-        return self.encoder(self.decoder.embed.look_up(ids), where(ids, mask, None))
+        return self.encoder(self.decoder.embed.look_up(ids), where(ids, mask, documents))
 
-    def remember(self, ids: Tensor, mask: Tensor | None = None) -> Memory:
-        """What every layer of the decoder reads of a text: `memory` of `decoder.hidden`, for many steps."""
-        return self.decoder.stack.remember(self.encode(ids, mask), where(ids, mask, None))
+    def remember(self, ids: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Memory:
+        """What every layer of the decoder reads of a text: `memory` of `decoder.hidden`, for many steps. An answer
+        reads the source of its own document."""
+        return self.decoder.stack.remember(self.encode(ids, mask, documents), where(ids, mask, documents))
 
     @torch.no_grad()
     def generate(self, texts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,

@@ -20,7 +20,7 @@ from .lm_batch import NextToken, Objective
 from .lm_settings import LmData
 from .masking import Masked
 from .packing import NOWHERE, Packed, Spans, held_out, whole
-from .sampler import Order, Steps, generator
+from .sampler import Order, Steps, generator, readers
 from .token_file import TokenFile
 
 CORRUPTING = 22  # the last number of the keys of random generators
@@ -101,9 +101,8 @@ class LmModule(lightning.LightningDataModule):
         return Packed(spans, self.data.length, seed, self.objective.extra)
 
     def train_dataloader(self) -> DataLoader[Any]:
-        trainer = self.trainer
-        order = Order(count=len(self.training), batch=self.data.batch_size, seed=self.seed, rank=trainer.global_rank,
-                      world=trainer.world_size)
+        trainer, (rank, world) = self.trainer, readers(self.trainer)
+        order = Order(count=len(self.training), batch=self.data.batch_size, seed=self.seed, rank=rank, world=world)
         return DataLoader(Batches(self.training, self.objective, order), batch_size=None,
                           num_workers=self.data.workers, sampler=Steps(trainer.global_step, trainer.max_steps),
                           pin_memory=trainer.strategy.root_device.type == "cuda")

@@ -19,6 +19,8 @@ KINDS = {  # what trains, the class of its settings, what it is
             "a classifier from pictures in classes, from scratch or from any ViT"),
     "tokenizer": ("mm.recipes.train.tokenizer:fit", "mm.recipes.train.tokenizer_settings:TokenizerJob",
                   "a byte-level BPE tokenizer from a corpus"),
+    "lm": ("mm.recipes.train.fit_lm:fit", "mm.recipes.train.lm_settings:LmJob",
+           "a language model on texts or conversations, from scratch or from a checkpoint"),
 }
 CONFIGS = Path(__file__).parent.parent / "configs"
 

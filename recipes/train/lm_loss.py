@@ -9,18 +9,22 @@ from torch import Tensor
 
 from mm.errors import InputError
 
+from ..data.lm_batch import NONE
+
 if TYPE_CHECKING:
     from mm.decoder import TextDecoder
+    from mm.encoder import TextEncoder
 
-NONE = -100  # a target that does not count
 LOGITS = 1 << 22  # logits that are held at once
 
 
-def decoder_loss(model: TextDecoder, hidden: Tensor, targets: Tensor, z_loss: float = 0.0) -> tuple[Tensor, Tensor]:
-    """hidden (B, T, D) of `model.hidden` and targets (B, T) -> what `vocabulary_loss` gives."""
+def decoder_loss(model: TextDecoder | TextEncoder, hidden: Tensor, targets: Tensor, z_loss: float = 0.0,
+                 rows: int | None = None) -> tuple[Tensor, Tensor]:
+    """hidden (..., D), after the model's final norm, and targets (...) -> what `vocabulary_loss` gives."""
     head = model.head
     weight = model.embed.tokens.weight if head.weight is None else head.weight
-    return vocabulary_loss(head.ready(hidden), weight, targets, head.bias, softcap=head.settings.softcap, z_loss=z_loss)
+    return vocabulary_loss(head.ready(hidden), weight, targets, head.bias, softcap=head.settings.softcap, z_loss=z_loss,
+                           rows=rows)
 
 
 def vocabulary_loss(hidden: Tensor, weight: Tensor, targets: Tensor, bias: Tensor | None = None, *,

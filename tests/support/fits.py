@@ -1,0 +1,18 @@
+"""What each of two processes does in test_plans.py; a module of its own, so that a spawned process finds it."""
+
+import os
+from collections.abc import Sequence
+
+import torch
+
+from mm.recipes.train.fit_lm import fit
+from mm.recipes.train.lm_settings import LmJob
+
+WORLD = 2
+
+
+def process(rank: int, port: int, jobs: Sequence[LmJob]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    for job in jobs:
+        fit(job)
