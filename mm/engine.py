@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from mm.speculate import Proposer
 
 Reason = Literal["eos", "stop", "length", "context"]
+Cache = Literal["full", "int8"]
 
 
 @dataclass(eq=False)
@@ -81,7 +82,7 @@ class Engine:
 
     def __init__(self, model: TextDecoder, slots: int, length: int | None = None, chunk: int = 256, *,
                  eos: Sequence[int] | None = None, speculate: Proposer | None = None,
-                 cache: Literal["full", "int8"] = "full", compiled: bool = False, remembered: int = 0):
+                 cache: Cache = "full", compiled: bool = False, remembered: int = 0):
         self.length = model.spec.context if length is None else length
         if not 0 < self.length <= model.spec.context:
             raise InputError(f"rows of {self.length} tokens do not fit the model's context of {model.spec.context}")

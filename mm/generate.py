@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from mm.engine import Engine, Reason, check_prompt
+from mm.engine import Cache, Engine, Reason, check_prompt
 from mm.errors import InputError
 from mm.memory import Memory
 from mm.sampling import GREEDY, Sampling
@@ -32,13 +32,13 @@ class Output:
 
 def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *,
              slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None,
-             on_text: Callable[[int, str], None] | None = None, eos: Sequence[int] | None = None,
+             cache: Cache = "full", on_text: Callable[[int, str], None] | None = None, eos: Sequence[int] | None = None,
              memories: Sequence[Callable[[], Memory]] = (), remembered: int = 0) -> list[Output]:
     """One `Output` per prompt: a text, texts, ids (B, T), or rows of ids of any lengths.
 
     sampling: for all, or one per prompt. slots: rows at a time (default: all). on_text(prompt's number, text) is called
-    with every piece of text. eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a decoder
-    that reads an encoder. Raises InputError for prompts that do not fit the model.
+    with every piece of text. cache, eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a
+    decoder that reads an encoder. Raises InputError for prompts that do not fit the model.
     """
     rows = prompt_ids(model, prompts)
     settings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
@@ -48,7 +48,7 @@ def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence
         check_prompt(ids, model.spec.context, model.spec.embed.vocab)
     length = max(len(ids) + one.max_tokens for ids, one in zip(rows, settings, strict=True))
     engine = Engine(model, min(slots or len(rows), len(rows)), min(length, model.spec.context), chunk,
-                    speculate=speculate, eos=eos, remembered=remembered)
+                    speculate=speculate, eos=eos, cache=cache, remembered=remembered)
     memories = memories or [None] * len(rows)
     requests = [engine.submit(ids, one, on_text=None if on_text is None else lambda piece, i=i: on_text(i, piece),
                               memory=memory)

@@ -6,48 +6,74 @@ import argparse
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
 if TYPE_CHECKING:
     from mm.decoder import TextDecoder
-    from mm.sampling import Sampling
+    from mm.generate import Output
+    from mm.speculate import Proposer
+
+    Write = Callable[..., list[Output]]
 
 def generate(argv: list[str]) -> int:
     """The command."""
     options = parse(argv)
     import torch
 
-    from mm.decoder import TextDecoder
-    from mm.quantize import quantize
     from mm.sampling import Sampling
 
-    from .weights import SHIPPED
     if options.threads:
         torch.set_num_threads(options.threads)
     sampling = Sampling(
         max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
         min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop))
-    name = SHIPPED[options.model]() if options.model in SHIPPED else options.model
-    model = TextDecoder.from_pretrained(name, torch.float32)
-    if options.quantize:
-        quantize(model, options.quantize)
+    model = load(options.model, options.quantize)
+    write = partial(model.generate, sampling=sampling, cache=options.cache,
+                    speculate=proposer(options.speculate, options.quantize))
     if options.chat:
-        talk(model, options.prompt, sampling, options.stream)
+        talk(model, write, options.prompt, options.stream)
     else:
-        if options.prompt is None:
-            raise InputError("mm generate needs a text to go on with, or --chat")
-        print(options.prompt, end="", flush=True)
-        say(model, options.prompt, sampling, options.stream)
+        print(options.prompt or "", end="", flush=True)
+        say(write, start(model) if options.prompt is None else options.prompt, options.stream)
     return 0
+
+
+def load(name: str, quantized: str | None) -> TextDecoder:
+    """A model in float32, arranged for decoding."""
+    from torch import float32
+
+    from mm.arrange import arrange
+    from mm.decoder import TextDecoder
+    from mm.quantize import quantize
+
+    from .weights import SHIPPED
+    model = TextDecoder.from_pretrained(SHIPPED[name]() if name in SHIPPED else name, float32)
+    return quantize(model, quantized) if quantized else arrange(model)
+
+
+def proposer(way: str | None, quantized: str | None) -> Proposer | None:
+    from mm.speculate import Ahead, Draft, PromptLookup
+    ways = {"lookup": PromptLookup, "heads": Ahead}
+    if way is None:
+        return None
+    return ways[way]() if way in ways else Draft(load(way, quantized))
+
+
+def start(model: TextDecoder) -> list[int]:
+    """What a text that nobody began starts with. Raises InputError when the model has no start token."""
+    if model.tokenizer is None or not model.tokenizer.prefix:
+        raise InputError("mm generate needs a text to go on with, or --chat: the model has no start token")
+    return list(model.tokenizer.prefix)
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="mm generate", description="Go on with a text, or chat.")
-    parser.add_argument("model", metavar="MODEL", help="a directory, a hub name, a .gguf or llama2.c file, or "
-                        "stories260k, which ships with this package")
+    parser.add_argument("model", metavar="MODEL", nargs="?", default="stories260k", help="a directory, a hub name, a "
+                        ".gguf or llama2.c file, or stories260k, which ships with this package (default)")
     parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to go on with, or the first message")
     parser.add_argument("--chat", action="store_true", help="answer messages, in the model's own chat format")
     parser.add_argument("--stream", action="store_true", help="print tokens as they are made")
@@ -61,18 +87,22 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before this string")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights of 8 bits: faster on a CPU; of 4: "
                         "smaller still, long prompts are read slowly")
+    parser.add_argument("--cache", choices=("full", "int8"), default="full", help="int8: keys and values in 8 bits, a "
+                        "quarter of the memory")
+    parser.add_argument("--speculate", metavar="WAY", help="several tokens a step, the same text: lookup (from what "
+                        "was said before), heads (the model's own), or a smaller MODEL of the same vocabulary")
     parser.add_argument("--threads", type=int, help="CPU threads")
     return parser.parse_args(argv)
 
 
-def talk(model: TextDecoder, first: str | None, sampling: Sampling, live: bool) -> None:
+def talk(model: TextDecoder, write: Write, first: str | None, live: bool) -> None:
     """Messages from the first argument, or line by line from standard input, each answered in turn."""
     messages: list[dict[str, str]] = []
     for text in [first] if first is not None else lines():
         messages.append({"role": "user", "content": text})
         if model.tokenizer is None:
             raise InputError("the model has no tokenizer, which a chat needs")
-        answer = say(model, model.tokenizer.chat(messages), sampling, live)
+        answer = say(write, model.tokenizer.chat(messages), live)
         messages.append({"role": "assistant", "content": answer})
 
 
@@ -87,16 +117,16 @@ def lines() -> Iterator[str]:
             yield line.strip()
 
 
-def say(model: TextDecoder, prompt: str | list[int], sampling: Sampling, live: bool) -> str:
+def say(write: Write, prompt: str | list[int], live: bool) -> str:
     """Prints what the model writes, and on stderr its speed and the memory in use."""
-    start = time.perf_counter()
+    began = time.perf_counter()
 
     def show(row: int, piece: str) -> None:
         if live:
             print(piece, end="", flush=True)
-    out = model.generate([prompt], sampling, on_text=show)[0]
+    out = write([prompt], on_text=show)[0]
     print("" if live else out.text, flush=True)
-    seconds = time.perf_counter() - start
+    seconds = time.perf_counter() - began
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{len(out.ids)} tokens, {len(out.ids) / seconds:.1f} per second, {memory:.2f} GiB at most, ended by "
           f"{out.reason}", file=sys.stderr)
