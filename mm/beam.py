@@ -18,6 +18,14 @@ if TYPE_CHECKING:
     from mm.decoder import TextDecoder
 
 
+@dataclass(frozen=True, kw_only=True)
+class Beams:
+    """How many beams, and the power of its length by which a text's log-probability is divided."""
+
+    count: int = 4
+    length_penalty: float = 1.0
+
+
 @dataclass(frozen=True)
 class Found:
     """A continuation and its score: the sum of its log-probabilities / length ** length_penalty."""

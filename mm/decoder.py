@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.ahead import AheadHead, look_ahead
+from mm.beam import Beams
 from mm.embed import Embedding, LMHead
 from mm.engine import Cache
 from mm.errors import InputError
@@ -103,11 +104,11 @@ class TextDecoder(Pretrained):
         return along(*shape, device=device, coords=coords)
 
     def generate(self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
-                 chunk: int = 256, speculate: Proposer | None = None, cache: Cache = "full",
-                 on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+                 chunk: int = 256, speculate: Proposer | None = None, beams: Beams | None = None,
+                 cache: Cache = "full", on_text: Callable[[int, str], None] | None = None) -> list[Output]:
         """What the model writes after each prompt: see `mm.generate.generate`."""
-        return generate(self, prompts, sampling, slots=slots, chunk=chunk, speculate=speculate, cache=cache,
-                        on_text=on_text)
+        return generate(self, prompts, sampling, slots=slots, chunk=chunk, speculate=speculate, beams=beams,
+                        cache=cache, on_text=on_text)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY) -> Iterator[str]:
         """Pieces of text as they are written."""

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
+from mm.beam import Beams, beam_search
 from mm.engine import Cache, Engine, Reason, check_prompt
 from mm.errors import InputError
 from mm.memory import Memory
@@ -31,14 +32,15 @@ class Output:
 
 
 def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *,
-             slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None,
+             slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None, beams: Beams | None = None,
              cache: Cache = "full", on_text: Callable[[int, str], None] | None = None, eos: Sequence[int] | None = None,
              memories: Sequence[Callable[[], Memory]] = (), remembered: int = 0) -> list[Output]:
     """One `Output` per prompt: a text, texts, ids (B, T), or rows of ids of any lengths.
 
     sampling: for all, or one per prompt. slots: rows at a time (default: all). on_text(prompt's number, text) is called
-    with every piece of text. cache, eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a
-    decoder that reads an encoder. Raises InputError for prompts that do not fit the model.
+    with every piece of text. beams: the likeliest texts by beam search, for greedy settings; a text then comes as one
+    piece. cache, eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a decoder that reads
+    an encoder. Raises InputError for prompts that do not fit the model.
     """
     rows = prompt_ids(model, prompts)
     settings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
@@ -46,6 +48,13 @@ def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence
         raise InputError(f"{len(settings)} sampling settings for {len(rows)} prompts")
     for ids in rows:
         check_prompt(ids, model.spec.context, model.spec.embed.vocab)
+    if beams is not None:
+        if speculate is not None or cache != "full":
+            raise InputError("beam search neither speculates nor keeps keys and values in 8 bits")
+        memory = model.stack.room(len(rows), remembered) if memories else None
+        for i, one in enumerate(memories):
+            memory.insert(i, one())
+        return searched(model, rows, settings, beams, on_text, eos, memory)
     length = max(len(ids) + one.max_tokens for ids, one in zip(rows, settings, strict=True))
     engine = Engine(model, min(slots or len(rows), len(rows)), min(length, model.spec.context), chunk,
                     speculate=speculate, eos=eos, cache=cache, remembered=remembered)
@@ -60,6 +69,22 @@ def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence
     finally:
         model.train(training)
     return [Output(request.out, request.text, request.reason) for request in requests]
+
+
+def searched(model: TextDecoder, rows: list[list[int]], settings: list[Sampling], beams: Beams,
+             on_text: Callable[[int, str], None] | None, eos: Sequence[int] | None, memory: Memory | None
+             ) -> list[Output]:
+    """The likeliest texts. Raises InputError for settings that are not those of greedy decoding, one for all."""
+    most = settings[0].max_tokens
+    if any(one != Sampling(max_tokens=most) for one in settings):
+        raise InputError("beam search takes the likeliest text: of the sampling it reads only max_tokens, one for all")
+    found = beam_search(model, rows, beams=beams.count, length_penalty=beams.length_penalty, max_tokens=most, eos=eos,
+                        memory=memory)
+    texts = [model.tokenizer.decode(one.ids) if model.tokenizer else "" for one in found]
+    for i, text in enumerate(texts):
+        if on_text is not None and text:
+            on_text(i, text)
+    return [Output(one.ids, text, "eos" if one.ended else "length") for one, text in zip(found, texts, strict=True)]
 
 
 def stream(model: TextDecoder, prompt: str | Sequence[int] | Tensor, sampling: Sampling = GREEDY, *,

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from mm import spec
-from mm.beam import beam_search
+from mm.beam import Beams
 from mm.decoder import TextDecoder
 from mm.embed import Embedding
-from mm.encoder import collate, where
-from mm.engine import check_prompt
+from mm.encoder import where
+from mm.engine import Cache, check_prompt
 from mm.errors import InputError
 from mm.families import FAMILIES
 from mm.generate import Output, Prompts, generate, prompt_ids
@@ -62,35 +62,19 @@ class Seq2Seq(Pretrained):
 
     @torch.no_grad()
     def generate(self, texts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
-                 beams: int = 1, length_penalty: float = 1.0, on_text: Callable[[int, str], None] | None = None
-                 ) -> list[Output]:
-        """The answer to each text or row of ids, as `mm.generate.generate` gives it. With several `beams`, the
-        likeliest answer, its score divided by length ** length_penalty; then `sampling` only says how long it may be.
-        Raises InputError for texts that do not fit the model."""
+                 beams: Beams | None = None, cache: Cache = "full",
+                 on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+        """The answer to each text or row of ids: see `mm.generate.generate`. A text gets the tokens that its tokenizer
+        puts around it. Raises InputError for texts that do not fit the model."""
         rows = prompt_ids(self.decoder, texts, whole=True)
         table = self.spec.encoder.embed.positions
         for row in rows:
             check_prompt(row, table.rows if table else len(row), self.spec.encoder.embed.vocab)
-        start = [list(self.spec.start)] * len(rows)
-        if beams > 1:
-            return self.search(rows, start, sampling, beams, length_penalty)
         device = self.decoder.embed.tokens.weight.device
         memories = [partial(self.remember, torch.tensor([row], device=device)) for row in rows]
-        return generate(self.decoder, start, sampling, slots=slots, on_text=on_text, eos=(self.spec.end,),
-                        memories=memories, remembered=max(map(len, rows)))
-
-    def search(self, rows: list[list[int]], start: list[list[int]], sampling: Sampling | Sequence[Sampling],
-               beams: int, length_penalty: float) -> list[Output]:
-        """Answers by beam search, of all rows at once."""
-        if not isinstance(sampling, Sampling) or sampling != Sampling(max_tokens=sampling.max_tokens):
-            raise InputError("beam search takes the likeliest answer: of the sampling it reads only max_tokens, one "
-                             "for all texts")
-        ids, mask = (x.to(self.decoder.embed.tokens.weight.device) for x in collate(rows, 0))
-        found = beam_search(self.decoder, start, beams=beams, max_tokens=sampling.max_tokens, eos=(self.spec.end,),
-                            length_penalty=length_penalty, memory=self.remember(ids, mask))
-        tokenizer = self.tokenizer
-        return [Output(one.ids, tokenizer.decode(one.ids) if tokenizer else "", "eos" if one.ended else "length")
-                for one in found]
+        return generate(self.decoder, [list(self.spec.start)] * len(rows), sampling, slots=slots, beams=beams,
+                        cache=cache, on_text=on_text, eos=(self.spec.end,), memories=memories,
+                        remembered=max(map(len, rows)))
 
     def check_files(self, where: str) -> None:
         vocab = self.spec.decoder.embed.vocab

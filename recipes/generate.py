@@ -8,22 +8,28 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
+from .search.arguments import positive
+
 if TYPE_CHECKING:
     from mm.decoder import TextDecoder
     from mm.generate import Output
+    from mm.seq2seq import Seq2Seq
     from mm.speculate import Proposer
 
     Write = Callable[..., list[Output]]
+
 
 def generate(argv: list[str]) -> int:
     """The command."""
     options = parse(argv)
     import torch
 
+    from mm.beam import Beams
     from mm.sampling import Sampling
 
     if options.threads:
@@ -33,7 +39,11 @@ def generate(argv: list[str]) -> int:
         min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop))
     model = load(options.model, options.quantize)
     write = partial(model.generate, sampling=sampling, cache=options.cache,
-                    speculate=proposer(options.speculate, options.quantize))
+                    beams=Beams(count=options.beams) if options.beams > 1 else None)
+    if model.kind == "seq2seq":
+        answer(write, options)
+        return 0
+    write = partial(write, speculate=proposer(options.speculate, options.quantize))
     if options.chat:
         talk(model, write, options.prompt, options.stream)
     else:
@@ -42,17 +52,32 @@ def generate(argv: list[str]) -> int:
     return 0
 
 
-def load(name: str, quantized: str | None) -> TextDecoder:
-    """A model in float32, arranged for decoding."""
+def answer(write: Write, options: argparse.Namespace) -> None:
+    """What an encoder-decoder makes of a text. Raises InputError for what only models that go on with texts do."""
+    if options.chat or options.speculate or options.prompt is None:
+        raise InputError(f"{options.model} is an encoder-decoder: it wants a text, and neither chats nor speculates")
+    say(write, options.prompt, options.stream)
+
+
+def load(name: str, quantized: str | None) -> TextDecoder | Seq2Seq:
+    """A model in float32, arranged for decoding: an encoder-decoder where the directory holds one."""
     from torch import float32
 
     from mm.arrange import arrange
     from mm.decoder import TextDecoder
+    from mm.families import FAMILIES
     from mm.quantize import quantize
+    from mm.seq2seq import Seq2Seq
 
     from .weights import SHIPPED
-    model = TextDecoder.from_pretrained(SHIPPED[name]() if name in SHIPPED else name, float32)
-    return quantize(model, quantized) if quantized else arrange(model)
+    place = SHIPPED[name]() if name in SHIPPED else name
+    place = place if Path(place).expanduser().is_file() else FAMILIES.resolve(place)
+    kind = Seq2Seq if Path(place).is_dir() and FAMILIES.kind_of(Path(place)) == Seq2Seq.kind else TextDecoder
+    model = kind.from_pretrained(place, float32)
+    if quantized:
+        return quantize(model, quantized)
+    arrange(model.decoder if kind is Seq2Seq else model)
+    return model
 
 
 def proposer(way: str | None, quantized: str | None) -> Proposer | None:
@@ -71,7 +96,8 @@ def start(model: TextDecoder) -> list[int]:
 
 
 def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mm generate", description="Go on with a text, or chat.")
+    parser = argparse.ArgumentParser(prog="mm generate", description="Go on with a text, answer it "
+                                     "(encoder-decoders such as T5), or chat.")
     parser.add_argument("model", metavar="MODEL", nargs="?", default="stories260k", help="a directory, a hub name, a "
                         ".gguf or llama2.c file, or stories260k, which ships with this package (default)")
     parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to go on with, or the first message")
@@ -83,6 +109,7 @@ def parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("--top-p", type=float, default=1.0)
     parser.add_argument("--min-p", type=float, default=0.0)
     parser.add_argument("--repetition-penalty", type=float, default=1.0)
+    parser.add_argument("--beams", type=positive, default=1, metavar="K", help="the likeliest text that K beams find")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before this string")
     parser.add_argument("--quantize", choices=("int8", "int4"), help="weights of 8 bits: faster on a CPU; of 4: "

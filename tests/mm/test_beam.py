@@ -5,8 +5,8 @@ import torch
 import transformers
 from support import redraw
 
-from mm import TextDecoder
-from mm.beam import beam_search
+from mm import Sampling, TextDecoder
+from mm.beam import Beams, beam_search
 from mm.errors import InputError
 
 
@@ -42,6 +42,16 @@ def test_prompts_of_any_length_do_not_know_each_other(pair):
     alone = [beam_search(pair[1], [row], beams=3, max_tokens=10, eos=[7])[0] for row in rows]
     assert [one.ids for one in together] == [one.ids for one in alone]
     assert all(abs(a.score - b.score) < 1e-5 for a, b in zip(together, alone, strict=True))
+
+
+def test_generate_takes_beams(pair):
+    rows, told = [[9], [8, 12, 3]], []
+    out = pair[1].generate(rows, Sampling(max_tokens=6), beams=Beams(count=3), on_text=told.append)
+    assert [one.ids for one in out] == [one.ids for one in beam_search(pair[1], rows, beams=3, max_tokens=6)]
+    assert {one.reason for one in out} == {"length"} and not told  # no tokenizer, no text
+    for settings in (Sampling(top_k=2, temperature=1.0), [Sampling(max_tokens=2), Sampling(max_tokens=3)]):
+        with pytest.raises(InputError, match="only max_tokens"):
+            pair[1].generate(rows, settings, beams=Beams())
 
 
 def test_mistakes(pair):

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 from support import close, redraw
 
 from mm import Sampling, Seq2Seq
+from mm.beam import Beams
 from mm.errors import InputError
 
 SIZES = {"vocab_size": 61, "d_model": 32, "decoder_start_token_id": 0}
@@ -129,7 +130,7 @@ def test_greedy_answers_equal_transformers_also_when_rows_come_and_go(ended):
 @pytest.mark.parametrize("beams, penalty", [(2, 1.0), (4, 2.0), (3, 0.0)])
 def test_beams_equal_transformers(ended, beams, penalty):
     theirs, ours, end = ended
-    found = ours.generate(TEXTS, Sampling(max_tokens=16), beams=beams, length_penalty=penalty)
+    found = ours.generate(TEXTS, Sampling(max_tokens=16), beams=Beams(count=beams, length_penalty=penalty))
     assert [one.ids for one in found] == expected(theirs, end, num_beams=beams, length_penalty=penalty)
 
 
@@ -185,7 +186,7 @@ def test_mistakes_are_named(pair, tmp_path):
         with pytest.raises(InputError, match=told):
             ours.generate(rows)
     with pytest.raises(InputError, match="beam search takes the likeliest"):
-        ours.generate([[5]], Sampling(temperature=1.0), beams=2)
+        ours.generate([[5]], Sampling(temperature=1.0), beams=Beams())
     with pytest.raises(InputError, match=r"mask \(1, 4\) does not fit ids \(1, 5\)"):
         ours.encode(ids(1, 5), torch.ones(1, 4, dtype=torch.bool))
     with pytest.raises(InputError, match="integers"):
