@@ -84,10 +84,14 @@ class TextEncoder(Pretrained):
         tokenizer = self.tokenizer
         if tokenizer is None:
             raise InputError("this encoder has no tokenizer beside its weights")
-        pooling = self.spec.pooling
-        most = min(self.spec.context, pooling.length or self.spec.context) if pooling else self.spec.context
-        room = most - len(tokenizer.prefix) - len(tokenizer.suffix)
+        room = self.room
         return [[*tokenizer.prefix, *tokenizer.encode(text)[:room], *tokenizer.suffix] for text in texts]
+
+    @property
+    def room(self) -> int:
+        """How many tokens of a text the model reads, beside those that its tokenizer puts around it."""
+        pooling, around = self.spec.pooling, (*self.tokenizer.prefix, *self.tokenizer.suffix)
+        return min(self.spec.context, (pooling and pooling.length) or self.spec.context) - len(around)
 
     def check_files(self, where: str) -> None:
         if self.tokenizer is not None:

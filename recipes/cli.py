@@ -7,8 +7,8 @@ import sys
 
 COMMANDS = {
     "demo": ("mm.recipes.demo.command:demo", "search emoji pictures in the browser with the weights that ship here"),
-    "index": ("mm.recipes.search.index:index", "write or refresh the search index of a folder of pictures"),
-    "search": ("mm.recipes.search.query:search", "find the pictures of an index that match a text or a picture"),
+    "index": ("mm.recipes.search.index:index", "write or refresh the search index of a folder of pictures or texts"),
+    "search": ("mm.recipes.search.query:search", "find the pictures or passages that match a text or a picture"),
     "classify": ("mm.recipes.search.classify:classify", "sort a folder of pictures by labels, zero-shot or as trained"),
     "features": ("mm.recipes.features:features", "vectors and feature maps of a folder of pictures, as a table"),
     "generate": ("mm.recipes.generate:generate", "go on with a text, or chat: mm generate stories260k \"Once upon\""),

@@ -131,7 +131,7 @@ class Meter:
         """Features (n, E) of the pictures ("image") or sounds ("audio") that can be read, and their items."""
         import torch
 
-        from .search.pictures import batches, read_ahead
+        from .search.files import batches, read_ahead
 
         features, items = [], []
         encode = getattr(self.clip, f"encode_{kind}")

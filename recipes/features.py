@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, Any
 from mm.errors import InputError
 
 from .search.arguments import device_option, positive
-from .search.pictures import PictureFile, batches, decode, read_ahead, read_bytes, walk
+from .search.files import PictureFile, batches, read_ahead, read_bytes
+from .search.pictures import decode, walk
 from .search.progress import Bar
 
 if TYPE_CHECKING:
@@ -51,15 +52,15 @@ def extract(folder: str, name: str, target: Path, layers: Sequence[int], batch: 
     from .search.embed import choose_device
 
     found = walk(folder)
-    if not found.pictures:
+    if not found.files:
         raise InputError(f"{folder} holds no pictures")
     model = open_model(name, torch.float32, choose_device(device))
     encode = partial(encoded, model, layers)
     table = open_table(target.expanduser(), model, name, layers, encode)
     known = {row["path"]: (row["size"], row["mtime_ns"]) for row in
              table.search().select(["path", "size", "mtime_ns"]).limit(max(1, table.count_rows())).to_list()}
-    fresh = [file for file in found.pictures if known.get(file.path) != (file.size, file.mtime_ns)]
-    forget(table, set(known) - {file.path for file in found.pictures})
+    fresh = [file for file in found.files if known.get(file.path) != (file.size, file.mtime_ns)]
+    forget(table, set(known) - {file.path for file in found.files})
     read = partial(prepared, root=found.root, preprocess=model.preprocess)
     bad = len(found.unreadable)
     with Bar("features", len(fresh)) as bar:
@@ -75,7 +76,7 @@ def extract(folder: str, name: str, target: Path, layers: Sequence[int], batch: 
             if count % COMPACT == 0:
                 table.optimize()
             bar.step(len(part))
-    return len(fresh) - bad + len(found.unreadable), bad, len(found.pictures) - len(fresh)
+    return len(fresh) - bad + len(found.unreadable), bad, len(found.files) - len(fresh)
 
 
 def prepared(file: PictureFile, root: Path, preprocess: Callable[[Any], Tensor]) -> Tensor:

@@ -15,7 +15,7 @@ from mm.checkpoint import replacing
 from mm.errors import InputError
 
 from ...encoders.vit import ViT
-from ..search.pictures import batches, read_ahead
+from ..search.files import batches, read_ahead
 from ..search.progress import Bar
 from .labelled import Labelled
 from .pictures import Picture

@@ -17,7 +17,8 @@ from mm.errors import InputError
 
 from .arguments import device_option, positive
 from .embed import MODEL, Embedder, choose_device
-from .pictures import Walk, batches, decode, read_ahead, read_bytes, walk
+from .files import Walk, batches, read_ahead, read_bytes
+from .pictures import decode, walk
 from .progress import Bar
 
 if TYPE_CHECKING:
@@ -28,7 +29,7 @@ def classify(argv: list[str]) -> int:
     args = _arguments().parse_args(argv)
     made = zero_shot if args.labels else trained
     found = walk(args.folder)
-    if not found.pictures:
+    if not found.files:
         raise InputError(f"{args.folder} holds no pictures")
     judge = made(args)
     sorter, labels = Sorter(judge), judge.labels
@@ -141,11 +142,11 @@ class Sorter:
     def sort(self, found: Walk, batch: int) -> dict[str, np.ndarray]:
         """The probabilities (labels,) of every readable picture, by path."""
         rows: dict[str, np.ndarray] = {}
-        with Bar("classifying", len(found.pictures)) as bar:
+        with Bar("classifying", len(found.files)) as bar:
             for path, reason in found.unreadable.items():
                 self.skip(bar, f"{path}: {reason}")
             read = partial(_read, root=found.root, preprocess=self.judge.preprocess)
-            for files in batches(read_ahead([picture.path for picture in found.pictures], read), batch):
+            for files in batches(read_ahead([picture.path for picture in found.files], read), batch):
                 rows |= self.probabilities(files, bar)
                 bar.step(len(files))
         return rows

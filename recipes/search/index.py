@@ -4,31 +4,29 @@ from __future__ import annotations
 
 import argparse
 import hashlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mm.errors import InputError
 
 from .arguments import device_option, positive
-from .embed import MODEL, Embedder
-from .pictures import PictureFile, Walk, batches, decode, read_ahead, read_bytes, walk
+from .embed import MODEL, Embedder, Piece, SentenceEmbedder, load_embedder
+from .files import FoundFile, Walk, batches, read_ahead, read_bytes
 from .progress import Bar
 from .table import Index, Row
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-TOUCHES = 1000  # paths with a new time but the same picture, per commit
+TOUCHES = 1000  # paths with a new time but the same content, per commit
 COMMITS = 256  # between two rounds of joining small files
 
 
 @dataclass(kw_only=True)
 class Counts:
-    """What a run did, in pictures."""
+    """What a run did, in files."""
 
     indexed: int = 0
     updated: int = 0
@@ -43,54 +41,57 @@ class Counts:
 
 @dataclass(frozen=True, kw_only=True)
 class Fresh:
-    """A picture to encode: the digest of its file, width and height, preprocessed pixels (3, h, w)."""
+    """A file to encode, its digest, and what becomes a row each: one picture, or the passages of a text."""
 
-    file: PictureFile
+    file: FoundFile
     hash: str
-    size: tuple[int, int]
-    pixels: Tensor
+    pieces: list[Piece]
 
 
 @dataclass(frozen=True)
 class Same:
-    """A file that was written again with the same picture."""
+    """A file that was written again with the same content."""
 
-    file: PictureFile
+    file: FoundFile
 
 
 def index(argv: list[str]) -> int:
     args = _arguments().parse_args(argv)
-    found = walk(args.folder)
-    if not found.pictures and not found.unreadable:
-        raise InputError(f"{args.folder} holds no pictures")
-    model = args.model or MODEL
     if Index.exists(args.to):
         known = Index.open(args.to)
-        if known.folder != found.root and known.folder.exists():
-            raise InputError(f"{args.to} is the index of {known.folder}, not of {found.root}; give --to another name")
+        root = Path(args.folder).expanduser().resolve()
+        if root.is_dir() and known.folder != root and known.folder.exists():
+            raise InputError(f"{args.to} is the index of {known.folder}, not of {root}; give --to another name")
         model = args.model or known.model
-    embedder = Embedder.load(model, args.device)
+    else:
+        model = args.model or MODEL
+    embedder = load_embedder(model, args.device)
+    found = embedder.walk(args.folder)
+    if not found.files and not found.unreadable:
+        raise InputError(f"{args.folder} holds no {embedder.holds}")
     counts = refresh(open_or_create(args.to, embedder, found.root), embedder, found, args.batch)
     print(f"{counts}; {found.others} other files")
     return 0
 
 
 def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm index", description="Write or refresh the index of a folder of pictures.")
-    parser.add_argument("folder", metavar="PHOTOS", help="folder of pictures, searched with its sub-folders")
+    parser = argparse.ArgumentParser(prog="mm index", description="Write or refresh the index of a folder: of its "
+                                     "pictures with a CLIP, of its texts (txt, md, rst, jsonl) with a sentence encoder "
+                                     "such as all-MiniLM-L6-v2.")
+    parser.add_argument("folder", metavar="FOLDER", help="pictures or texts, searched with the sub-folders")
     parser.add_argument("--to", required=True, metavar="INDEX", help="the index, such as photos.lance")
     parser.add_argument("--model", help=f"checkpoint, hub name or directory (default: the index's own, else {MODEL})")
-    parser.add_argument("--batch", type=positive, default=32, help="pictures per forward pass and commit (default: 32)")
+    parser.add_argument("--batch", type=positive, default=32, help="files per forward pass and commit (default: 32)")
     device_option(parser)
     return parser
 
 
-def open_or_create(path: str | Path, embedder: Embedder, folder: Path) -> Index:
+def open_or_create(path: str | Path, embedder: Embedder | SentenceEmbedder, folder: Path) -> Index:
     """The index there, checked against the model, or a new one."""
     if not Index.exists(path):
         return Index.create(
-            path, model=embedder.name, fingerprint=embedder.fingerprint, dim=embedder.dim, folder=folder
-        )
+            path, model=embedder.name, fingerprint=embedder.fingerprint, dim=embedder.dim, folder=folder,
+            holds=embedder.holds)
     index = Index.open(path)
     index.check_model(embedder.name, embedder.fingerprint)
     if index.folder != folder:
@@ -98,14 +99,14 @@ def open_or_create(path: str | Path, embedder: Embedder, folder: Path) -> Index:
     return index
 
 
-def refresh(index: Index, embedder: Embedder, found: Walk, batch: int = 32) -> Counts:
-    """Makes the index hold exactly the readable pictures of a folder; bad ones are reported and counted."""
+def refresh(index: Index, embedder: Embedder | SentenceEmbedder, found: Walk, batch: int = 32) -> Counts:
+    """Makes the index hold exactly the readable files of a folder; bad ones are reported and counted."""
     known = index.known()
     run = _Run(index, embedder, known)
-    changed = [picture for picture in found.pictures if not _unchanged(picture, known.get(picture.path))]
-    run.counts.unchanged = len(found.pictures) - len(changed)
+    changed = [file for file in found.files if not _unchanged(file, known.get(file.path))]
+    run.counts.unchanged = len(found.files) - len(changed)
     run.forget(_gone(known, found))
-    read = partial(_read, root=found.root, known=known, preprocess=embedder.clip.preprocess)
+    read = partial(_read, root=found.root, known=known, pieces=embedder.pieces)
     with Bar("indexing", len(changed)) as bar:
         for path, reason in found.unreadable.items():
             run.skip(bar, f"{path}: {reason}")
@@ -118,22 +119,22 @@ def refresh(index: Index, embedder: Embedder, found: Walk, batch: int = 32) -> C
 class _Run:
     """One update of an index."""
 
-    def __init__(self, index: Index, embedder: Embedder, known: dict[str, dict[str, Any]]) -> None:
+    def __init__(self, index: Index, embedder: Embedder | SentenceEmbedder, known: dict[str, dict[str, Any]]) -> None:
         self.index, self.embedder, self.known = index, embedder, known
         self.counts, self.commits, self.same = Counts(), 0, []
 
-    def commit(self, files: list[tuple[PictureFile, Fresh | Same | InputError]], bar: Bar) -> None:
+    def commit(self, files: list[tuple[FoundFile, Fresh | Same | InputError]], bar: Bar) -> None:
         """Encodes and writes one batch."""
         bad = [(file.path, str(result)) for file, result in files if isinstance(result, InputError)]
         self.same += [vars(file) for file, result in files if isinstance(result, Same)]
-        fresh = [result for _, result in files if isinstance(result, Fresh)]
-        vectors = self.embedder.images([item.pixels for item in fresh]) if fresh else np.empty((0, self.index.dim))
-        whole = np.isfinite(vectors).all(axis=1)
-        bad += [(item.file.path, f"{item.file.path}: the model gave no finite vector") for item in _pick(fresh, ~whole)]
-        rows = [_row(item, vector) for item, vector in zip(_pick(fresh, whole), vectors[whole], strict=True)]
+        rows, failed = self.rows([result for _, result in files if isinstance(result, Fresh)])
+        bad += [(path, f"{path}: the model gave no finite vector") for path in failed]
+        done = {row.path for row in rows}
+        if self.index.holds == "texts":
+            self.index.cut({path: sum(row.path == path for row in rows) for path in done & self.known.keys()})
         self.index.put(rows)
-        self.counts.updated += (updated := sum(row.path in self.known for row in rows))
-        self.counts.indexed += len(rows) - updated
+        self.counts.updated += (updated := len(done & self.known.keys()))
+        self.counts.indexed += len(done) - updated
         self.forget([path for path, _ in bad if path in self.known])
         for _, reason in bad:
             self.skip(bar, reason)
@@ -142,6 +143,20 @@ class _Run:
         if self.commits % COMMITS == 0:
             self.index.compact()
         bar.step(len(files))
+
+    def rows(self, fresh: list[Fresh]) -> tuple[list[Row], list[str]]:
+        """The rows of the files whose vectors are finite, and the paths of the others."""
+        pieces = [piece for item in fresh for piece in item.pieces]
+        vectors = self.embedder.encode(pieces) if pieces else np.empty((0, self.index.dim))
+        rows, failed, at = [], [], 0
+        for item in fresh:
+            own = vectors[at : (at := at + len(item.pieces))]
+            if not np.isfinite(own).all():
+                failed.append(item.file.path)
+                continue
+            about = {"caption": None, **vars(item.file), "hash": item.hash}
+            rows += [Row(**about | piece.about, vector=vector) for piece, vector in zip(item.pieces, own, strict=True)]
+        return rows, failed
 
     def touch(self, least: int) -> None:
         if len(self.same) >= least:
@@ -162,30 +177,21 @@ class _Run:
         self.index.optimize()
 
 
-def _unchanged(picture: PictureFile, row: dict[str, Any] | None) -> bool:
-    return row is not None and all(row[name] == value for name, value in vars(picture).items())
+def _unchanged(file: FoundFile, row: dict[str, Any] | None) -> bool:
+    return row is not None and all(row[name] == value for name, value in vars(file).items())
 
 
 def _gone(known: dict[str, dict[str, Any]], found: Walk) -> list[str]:
-    """Indexed pictures that are no longer there; what lies under an unreadable folder is kept."""
-    here = {picture.path for picture in found.pictures}
+    """Indexed files that are no longer there; what lies under an unreadable folder is kept."""
+    here = {file.path for file in found.files}
     closed = tuple(f"{path}/" for path in found.unreadable)
     return [path for path in known if path not in here and not f"{path}/".startswith(closed)]
 
 
-def _read(file: PictureFile, *, root: Path, known: dict[str, dict[str, Any]], preprocess: Any) -> Fresh | Same:
+def _read(file: FoundFile, *, root: Path, known: dict[str, dict[str, Any]],
+          pieces: Callable[[bytes, str], list[Piece]]) -> Fresh | Same:
     data = read_bytes(root / file.path)
     digest = hashlib.blake2b(data, digest_size=16).hexdigest()
     if file.path in known and known[file.path]["hash"] == digest:
         return Same(file)
-    image = decode(data, file.path)
-    return Fresh(file=file, hash=digest, size=image.size, pixels=preprocess(image))
-
-
-def _row(item: Fresh, vector: np.ndarray) -> Row:
-    width, height = item.size
-    return Row(**vars(item.file), hash=item.hash, width=width, height=height, vector=vector)
-
-
-def _pick(items: list[Fresh], chosen: np.ndarray) -> list[Fresh]:
-    return [item for item, yes in zip(items, chosen, strict=True) if yes]
+    return Fresh(file=file, hash=digest, pieces=pieces(data, file.path))

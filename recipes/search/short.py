@@ -44,15 +44,15 @@ def add_short(index: Index, dims: int) -> None:
     filled = False
     while len(rows := _missing(index, name)):
         vectors = np.stack(rows["vector"].to_numpy())
-        part = pa.table({"path": rows["path"], name: arrays(vectors, dims)})
-        index.table.merge_insert("path").when_matched_update_all().execute(part)
+        part = pa.table({**{column: rows[column] for column in index.key}, name: arrays(vectors, dims)})
+        index.table.merge_insert(index.key).when_matched_update_all().execute(part)
         filled = True
     if filled:
         index.optimize()
 
 
 def _missing(index: Index, name: str) -> Any:
-    return index.table.search().where(f"{name} IS NULL").select(["path", "vector"]).limit(ROWS).to_arrow()
+    return index.table.search().where(f"{name} IS NULL").select([*index.key, "vector"]).limit(ROWS).to_arrow()
 
 
 def nearest_short(index: Index, vector: np.ndarray, top: int, dims: int) -> list[Match]:
@@ -66,11 +66,10 @@ def nearest_short(index: Index, vector: np.ndarray, top: int, dims: int) -> list
     add_short(index, dims)
     query = index.table.search(vector[:dims], vector_column_name=f"{PREFIX}{dims}").distance_type("cosine")
     query = query.nprobes(index.probes).limit(max(LEAST, CANDIDATES * top))
-    found = query.select(["path", "caption", "vector"]).to_arrow()
+    found = query.select([*index.shown, "vector"]).to_arrow()
     if not len(found):
         return []
     vectors = np.stack(found["vector"].to_numpy()).astype(np.float64)
     scores = vectors @ vector / (np.linalg.norm(vectors, axis=1) * np.linalg.norm(vector))
     best = np.argsort(-scores, kind="stable")[:top]
-    paths, captions = found["path"].to_pylist(), found["caption"].to_pylist()
-    return [Match(path=paths[i], score=float(scores[i]), caption=captions[i]) for i in best]
+    return Match.all(found.select(index.shown).take(best).to_pydict(), scores[best].tolist())

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from installed import minilm
 from support import close, redraw
 
 from mm.encoder import TextEncoder, collate
@@ -135,17 +134,6 @@ def test_unknown_poolings_and_lengths_are_refused(tmp_path):
 
 
 # ------------------------------------------------------------------------------------- the real model
-def minilm() -> Path:
-    """The directory of all-MiniLM-L6-v2: MM_MINILM, or inside the installed package, whose code is not imported."""
-    if "MM_MINILM" in os.environ:
-        return Path(os.environ["MM_MINILM"])
-    try:
-        files = importlib.metadata.files("smart-tool-select") or []
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("neither MM_MINILM nor the package smart-tool-select has all-MiniLM-L6-v2")
-    return next(Path(file.locate()).parent for file in files if str(file).endswith("all-MiniLM-L6-v2/modules.json"))
-
-
 def test_minilm_gives_the_committed_numbers():
     golden = json.loads(GOLDEN.read_text())
     vectors = TextEncoder.from_pretrained(minilm()).encode(golden["sentences"], batch=7)

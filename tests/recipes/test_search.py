@@ -19,11 +19,12 @@ from torch import nn
 from mm.encoders.image import Preprocess
 from mm.errors import InputError
 from mm.recipes import cli
-from mm.recipes.search import table
+from mm.recipes.search import embed, table
 from mm.recipes.search.classify import best, choose_templates, read_labels
 from mm.recipes.search.embed import Embedder
+from mm.recipes.search.files import AHEAD, Walk, read_ahead
 from mm.recipes.search.index import _gone, open_or_create, refresh
-from mm.recipes.search.pictures import AHEAD, Walk, read_ahead, walk
+from mm.recipes.search.pictures import walk
 from mm.recipes.search.short import kept, nearest_short
 from mm.recipes.search.table import Index, Row
 
@@ -81,6 +82,7 @@ def run(monkeypatch, capsys):
         return Embedder(Colours(name), name)
 
     monkeypatch.setattr(Embedder, "load", load)
+    monkeypatch.setattr(embed, "is_text_encoder", lambda name: False)
 
     def call(*argv: object) -> tuple[int, str, str]:
         status = cli.main([str(word) for word in argv])
@@ -176,7 +178,7 @@ def test_index_says_what_is_wrong(photos, tmp_path, run, argv, words):
     (tmp_path / "none").mkdir()
     status, _, err = run("index", *[word.format(tmp=tmp_path) for word in argv], "--model", "eye")
     assert status == 2 and words in err and len(err.splitlines()) == 1
-    assert len(walk(photos).pictures) == 4
+    assert len(walk(photos).files) == 4
 
 
 def test_a_run_that_died_before_its_first_batch_is_no_obstacle(photos, tmp_path, run):
@@ -259,7 +261,7 @@ def test_the_page_links_to_the_pictures(photos, tmp_path, run):
     (["{tmp}/a.lance", "  "], "the query is empty"),
     (["{tmp}/a.lance", "--image", "{tmp}/photos/notes.md"], "notes.md: not a picture"),
     (["{tmp}/a.lance", "--image", "{tmp}/none.png"], "none.png: No such file"),
-    (["{tmp}/photos", "red"], "is no index of pictures"),
+    (["{tmp}/photos", "red"], "is no index"),
     (["{tmp}/a.lance", "red", "--model", "other"], "the model eye (print-of-eye), not by other"),
 ])
 def test_search_says_what_is_wrong(photos, tmp_path, run, argv, words):
@@ -343,7 +345,7 @@ def test_a_walk_is_sorted_and_passes_over_what_is_hidden(photos):
     paint(photos / "UPPER.PNG", "red")
     found = walk(photos)
     paths = ["UPPER.PNG", "red.png", "sub/green.png", "sub/it's blue.png", "sub/yellow.png"]
-    assert [picture.path for picture in found.pictures] == paths
+    assert [picture.path for picture in found.files] == paths
     assert found.others == 3
 
 
@@ -351,14 +353,14 @@ def test_what_is_no_plain_file_is_reported_and_not_waited_for(photos):
     os.mkfifo(photos / "pipe.png")
     (photos / "dangling.png").symlink_to(photos / "nowhere.png")
     found = walk(photos)
-    assert len(found.pictures) == 4 and set(found.unreadable) == {"pipe.png", "dangling.png"}
+    assert len(found.files) == 4 and set(found.unreadable) == {"pipe.png", "dangling.png"}
 
 
 @pytest.mark.skipif(sys.platform == "darwin", reason="its file names are always UTF-8")
 def test_a_name_that_is_not_utf8_is_reported(photos):
     (photos / os.fsdecode(b"caf\xe9.png")).write_bytes((photos / "red.png").read_bytes())
     found = walk(photos)
-    assert len(found.pictures) == 4 and list(found.unreadable.values()) == ["the file name is not UTF-8"]
+    assert len(found.files) == 4 and list(found.unreadable.values()) == ["the file name is not UTF-8"]
 
 
 def test_reading_ahead_keeps_the_order_hands_on_errors_and_stays_bounded():
