@@ -16,7 +16,8 @@ class Int4Linear(nn.Module):
 
     Each group of 32 weights of a row has 16 levels; Q4_0 and Q4_1 files keep those they came with. The step and the
     middle of a group are kept in bfloat16, in which products are taken too. A row's result does not depend on its
-    neighbours in the batch. Long prompts are read slower than in float32.
+    neighbours in the batch; that of a model in chunks differs from the whole as it does in bfloat16. Long prompts are
+    read slower than in float32.
     """
 
     def __init__(self, weight: Tensor, bias: Tensor | None = None):

@@ -88,11 +88,11 @@ class Stacked(nn.Module):
 
 
 class Head(nn.Module):
-    """x (..., D) -> logits (..., V)."""
+    """x (..., D) -> logits (..., V), in eight bits."""
 
-    def __init__(self, head: LMHead, table: Tensor, cell: Cell):
+    def __init__(self, head: LMHead, table: Tensor):
         super().__init__()
-        self.score = cell(table if head.weight is None else head.weight, head.bias)
+        self.score = Int8Linear(table if head.weight is None else head.weight, head.bias)
         head.weight = head.bias = None
         self.head = head
 
@@ -106,8 +106,8 @@ CELLS: dict[str, Cell] = {"int8": Int8Linear, "int4": Int4Linear}
 
 def quantize(model: M, to: str = "int8") -> M:
     """The same model, its matrices replaced in place by ones of eight ("int8") or four bits ("int4"), for inference:
-    on a CPU a float32 model by the kernels here, on a GPU a bfloat16 model by torchao. Tables of embeddings
-    and routers stay, and what unfolds the latents of latent attention. Raises InputError elsewhere; such a model is not
+    on a CPU a float32 model by the kernels here, on a GPU a bfloat16 model by torchao. Tables of embeddings and
+    routers stay, and what unfolds the latents of latent attention. Raises InputError elsewhere; such a model is not
     trained or saved."""
     if to not in CELLS:
         raise InputError(f"weights can be quantised to {' or '.join(CELLS)}, not {to!r}")
@@ -125,7 +125,7 @@ def quantize(model: M, to: str = "int8") -> M:
 
 @torch.no_grad()
 def replace(model: nn.Module, cell: Cell) -> None:
-    """Every matrix by one that `cell` makes of it."""
+    """Every matrix by one that `cell` makes of it; heads take eight bits, as in GGUF files of four."""
     for module in list(model.modules()):
         for name, child in list(module.named_children()):
             if isinstance(child, FusedLinear):
@@ -135,7 +135,7 @@ def replace(model: nn.Module, cell: Cell) -> None:
             elif isinstance(child, nn.Linear) and not isinstance(child, Unfolding):
                 setattr(module, name, cell(child.weight, child.bias))
             elif isinstance(child, LMHead):
-                setattr(module, name, Head(child, module.embed.tokens.weight, cell))
+                setattr(module, name, Head(child, module.embed.tokens.weight))
 
 
 def by_torchao(model: nn.Module, to: str) -> None:

