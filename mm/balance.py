@@ -42,8 +42,9 @@ def z_loss(route: Route, mask: Tensor | None = None) -> Tensor:
 @torch.no_grad()
 def move_corrections(model: nn.Module, loads: Sequence[Tensor], speed: float = 1e-3) -> None:
     """Raise by `speed` the correction of every expert with less than the mean load, lower that of those with more
-    (DeepSeek-V3's balancing without a loss). loads: a (X,) `load` per mixture of the model, in layer order; mixtures
-    without a correction stay. Raises InputError for another number or shape of loads."""
+    (DeepSeek-V3's balancing without a loss). model: what gave the routes, such as a decoder's `stack`; loads: a (X,)
+    `load` per mixture in it, in layer order; mixtures without a correction stay. Raises InputError for another number
+    or shape of loads."""
     mixtures = [module for module in model.modules() if isinstance(module, Moe)]
     wanted, given = [(moe.settings.experts,) for moe in mixtures], [tuple(one.shape) for one in loads]
     if wanted != given:

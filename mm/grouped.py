@@ -18,9 +18,14 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     if torch.is_autocast_enabled(kind):
         dtype = torch.get_autocast_dtype(kind)
         x, weight = x.to(dtype), weight.to(dtype)
-    if kind == "cuda" and x.dtype == weight.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
+    aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # rows of whole 16 bytes
+    if kind == "cuda" and x.dtype == weight.dtype == torch.bfloat16 and aligned:
+        return by_kernel(x, weight, ends)
     return by_group(x, weight, ends)
+
+
+def by_kernel(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
 @torch.library.custom_op("mm::grouped_linear", mutates_args=())

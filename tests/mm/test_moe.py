@@ -6,6 +6,7 @@ from support import close, redraw
 
 from mm import spec
 from mm.errors import InputError
+from mm.grouped import by_group, by_kernel
 from mm.lora import add_lora, merge_lora
 from mm.mlp import Mlp
 from mm.moe import Moe
@@ -88,6 +89,21 @@ def test_equals_a_loop_over_tokens_with_gradients(kind, expert, more):
     assert (moe(x) - reference(moe, x)).abs().max() <= 1e-12
     for a, b in zip(ours, theirs, strict=True):
         assert (a - b).abs().max() <= 1e-12
+
+
+def test_the_grouped_kernel_equals_the_loop():
+    """The kernel that a GPU runs has a bfloat16 form on the CPU."""
+    torch.manual_seed(0)
+    x, weight = torch.randn(11, 16).bfloat16(), torch.randn(4, 24, 16).bfloat16()
+    ends, probe = torch.tensor([0, 5, 5, 11], dtype=torch.int32), torch.randn(11, 24).bfloat16()
+    results = []
+    for product in (by_kernel, by_group):
+        inputs = [x.clone().requires_grad_(), weight.clone().requires_grad_()]
+        out = product(*inputs, ends)
+        results.append([out, *torch.autograd.grad(out, inputs, probe)])
+    for a, b in zip(*results, strict=True):
+        close(a, b, 1e-2)
+    assert not results[0][2][0].any() and results[0][2][1].any()
 
 
 def test_the_clamp_is_reached():
