@@ -6,8 +6,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.linear import linear
-
 
 def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     """x (M, D) sorted by group, weight (G, E, D), ends (G,) int32: where each group's rows stop -> (M, E).
@@ -21,20 +19,26 @@ def grouped_linear(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     aligned = weight.shape[1] % 8 == weight.shape[2] % 8 == 0  # rows of whole 16 bytes
     if kind == "cuda" and x.dtype == weight.dtype == torch.bfloat16 and aligned:
         return by_kernel(x, weight, ends)
-    return by_group(x, weight, ends)
+    plain = not torch.is_grad_enabled() and not torch.compiler.is_compiling()
+    return products(x, weight, ends) if plain else by_group(x, weight, ends)
 
 
 def by_kernel(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
     return F.grouped_mm(x, weight.transpose(1, 2), offs=ends)
 
 
-@torch.library.custom_op("mm::grouped_linear", mutates_args=())
-def by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
-    """An operator of its own, so that `torch.compile` and `torch.export` need not look into the loop."""
+def products(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """One product per group that has rows, each into its place: half the time of a copy where one token is decoded."""
     out = x.new_empty(len(x), weight.shape[1])
     for group, rows in filled(ends):
-        out[rows] = linear(x[rows], weight[group])
+        torch.mm(x[rows], weight[group].T, out=out[rows])
     return out
+
+
+@torch.library.custom_op("mm::grouped_linear", mutates_args=())
+def by_group(x: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
+    """`products` with gradients, and an operator into which `torch.compile` and `torch.export` need not look."""
+    return products(x, weight, ends)
 
 
 @by_group.register_fake
