@@ -14,6 +14,7 @@ COMMANDS = {
     "generate": ("mm.recipes.generate:generate", "go on with a text, or chat: mm generate stories260k \"Once upon\""),
     "train": ("mm.recipes.train.command:train", "train a model: mm train clip --config clip_emoji.yaml"),
     "eval": ("mm.recipes.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
+    "codec": ("mm.recipes.codec:codec", "sound files to Mimi codes and back, or played: mm codec encode a.wav a.mimi"),
     "transcribe": ("mm.recipes.transcribe:transcribe", "the words of sound files, with times, by Whisper"),
     "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip or mm"),
     "export": ("mm.recipes.export:export", "write the towers of a model as ONNX or torch.export files"),

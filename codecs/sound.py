@@ -1,0 +1,104 @@
+"""Sound files of whatever format libsndfile knows, in blocks, and never half of one without a word."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
+
+import torch
+from torch import Tensor
+
+from mm.errors import InputError
+
+from .resample import Resampler
+
+BLOCK = 1 << 16  # samples read at a time
+UNKNOWN = 0xFFFFFFFF  # the size in WAV files that were written to a pipe
+LAST_PAGE = 4  # flag of an Ogg page
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A file whose header was read. `samples` per channel, at `rate` Hz."""
+
+    path: Path
+    rate: int
+    samples: int
+    channels: int
+
+    @property
+    def seconds(self) -> float:
+        return self.samples / self.rate
+
+    def blocks(self, rate: int, channels: int) -> Iterator[Tensor]:
+        """(C, n) float32 at `rate` Hz; several channels become the mean for one. Raises InputError that names the file
+        when it is damaged, ends early, or holds samples that are not finite."""
+        import soundfile
+
+        if channels not in (1, self.channels):
+            raise InputError(f"{self.path} has {self.channels} channels, the model {channels}")
+        resampler, heard = Resampler(self.rate, rate, channels), 0
+        try:
+            with soundfile.SoundFile(self.path) as file:
+                for block in file.blocks(BLOCK, dtype="float32", always_2d=True):
+                    heard += len(block)
+                    x = torch.from_numpy(block.copy()).T
+                    if not bool(torch.isfinite(x).all()):
+                        raise InputError(f"{self.path}: the sound holds samples that are not finite")
+                    yield resampler.push(x.mean(0, keepdim=True) if channels == 1 else x)
+        except (soundfile.LibsndfileError, OSError) as error:
+            raise InputError(f"{self.path}: the sound is damaged ({error})") from None
+        if heard < self.samples:
+            raise InputError(f"{self.path} is truncated: it holds {heard} of {self.samples} samples")
+        yield resampler.flush()
+
+
+def open_sound(path: str | Path) -> Sound:
+    """Raises InputError for a file that is absent, no sound, empty or cut off."""
+    import soundfile
+
+    path = Path(path)
+    try:
+        with soundfile.SoundFile(path) as file:
+            found = Sound(path, file.samplerate, file.frames, file.channels)
+    except (soundfile.LibsndfileError, OSError, TypeError) as error:
+        raise InputError(f"{path}: the sound cannot be read ({error})") from None
+    if cut_off(path):
+        raise InputError(f"{path} is truncated: its last part is missing")
+    if not found.samples:
+        raise InputError(f"{path}: the sound is empty")
+    return found
+
+
+def cut_off(path: Path) -> bool:
+    """Whether a WAV file is shorter than it says, or an Ogg file lacks its last page; libsndfile reads both."""
+    size = path.stat().st_size
+    with open(path, "rb") as file:
+        head = file.read(12)
+        if head[:4] == b"RIFF" and head[8:] == b"WAVE":
+            return riff_cut(file, size)
+        if head[:4] == b"OggS":
+            file.seek(max(0, size - (1 << 17)))
+            return ogg_cut(file.read())
+    return False
+
+
+def ogg_cut(tail: bytes) -> bool:
+    """Whether the last page in the end of an Ogg file is another than the stream's last, or not whole."""
+    page = tail[max(0, tail.rfind(b"OggS")) :]
+    if len(page) < 27 or not page[5] & LAST_PAGE:
+        return True
+    segments = page[27 : 27 + page[26]]
+    return len(segments) < page[26] or len(page) < 27 + page[26] + sum(segments)
+
+
+def riff_cut(file: BinaryIO, size: int) -> bool:
+    """Walks the chunks of a WAV file up to its samples."""
+    while len(head := file.read(8)) == 8:
+        name, length = head[:4], int.from_bytes(head[4:], "little")
+        if name == b"data":
+            return length != UNKNOWN and file.tell() + length > size
+        file.seek(length + length % 2, 1)
+    return True
