@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import InputError
+from mm.graph import Replay
 from mm.memory import Memory
 from mm.sampling import GREEDY, Sampling, choose, controls
 from mm.state import StackState
@@ -76,7 +77,8 @@ class Engine:
     token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step.
 
     eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
-    one step; texts do not depend on it. compiled: run the decode step through torch.compile. remembered: the longest
+    one step; texts do not depend on it. compiled: run the decode step through torch.compile, and on a GPU
+    as a CUDA graph. remembered: the longest
     memory of a request in tokens, for a decoder that reads an encoder.
     """
 
@@ -105,6 +107,8 @@ class Engine:
         self.filling: Filling | None = None
         self.settings = controls([GREEDY] * slots, self.device)
         self.decode = torch.compile(self.plain_step, dynamic=False) if compiled else self.plain_step
+        if compiled and self.device.type == "cuda":
+            self.decode = Replay(self.decode)
 
     def new_state(self, rows: int) -> StackState:
         return self.model.init_state(rows, length=self.length, chunk=max(self.chunk, self.ahead + 1), cache=self.cache)
@@ -245,7 +249,9 @@ class Engine:
         self.filling = Filling(free, state, ids, lengths)
 
     def change_settings(self) -> None:
-        """Settings and seen tokens of the rows as they are now."""
+        """Settings and seen tokens of the rows as they are now, in new tensors."""
+        if isinstance(self.decode, Replay):
+            self.decode.renew()
         self.settings = controls([row.sampling if row else GREEDY for row in self.rows], self.device)
         self.seen = None
         if self.settings.penalised:

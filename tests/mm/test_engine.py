@@ -117,6 +117,16 @@ def test_nothing_in_a_step_is_read_back(monkeypatch):
         engine.plain_step()
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("backend", ["eager", "inductor"])
+def test_a_step_is_one_graph_and_writes_the_same_text(backend):
+    engine = Engine(MODEL, 2, 50, 4)
+    engine.decode = torch.compile(engine.plain_step, dynamic=False, fullgraph=True, backend=backend)
+    requests = [engine.submit(prompt, way) for prompt, way in zip(PROMPTS[:4], WAYS[:4], strict=True)]
+    engine.run()
+    assert [request.out for request in requests] == ALONE[:4]
+
+
 @pytest.mark.parametrize("prompt, told", [([], "empty"), ([1, 61], "vocabulary"), ([1] * 51, "fit")])
 def test_prompts_that_cannot_be_read(prompt, told):
     with pytest.raises(InputError, match=told):

@@ -1,0 +1,50 @@
+"""When a step is run, captured and replayed; CUDA's graphs are played by a stand-in."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+
+from mm.graph import Replay
+
+
+@pytest.fixture
+def told(monkeypatch):
+    told = []
+
+    class Graph:
+        def replay(self):
+            told.append("replay")
+
+    @contextmanager
+    def capture(graph):
+        told.append("capture")
+        yield
+    monkeypatch.setattr(torch.cuda, "CUDAGraph", Graph)
+    monkeypatch.setattr(torch.cuda, "graph", capture)
+    return told
+
+
+def test_it_runs_then_captures_then_replays_and_begins_again(told):
+    out = torch.zeros(3)
+    replay = Replay(lambda: told.append("step") or out)
+    assert all(replay() is out for _ in range(3))
+    replay.renew()
+    assert replay() is out
+    assert told == ["step", "capture", "step", "replay", "replay", "step"]
+
+
+@pytest.mark.full
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_captured_step_writes_the_same_text():
+    from mm import TextDecoder
+    from mm.engine import Engine
+    from mm.recipes.weights import stories260k
+    from mm.sampling import Sampling
+
+    model = TextDecoder.from_pretrained(stories260k(), device="cuda")
+    prompt, way = model.tokenizer.encode("Once upon a time"), Sampling(max_tokens=40)
+    engine = Engine(model, 2, compiled=True)
+    first, second = engine.submit(prompt, way), engine.submit(prompt[:3], Sampling(max_tokens=60, temperature=0.7))
+    engine.run()
+    assert first.out == model.generate([prompt], way)[0].ids and len(second.out) == 60
