@@ -97,7 +97,7 @@ class LmRecipe(Recipe):
 
     def after_step(self) -> None:
         if self.loads:
-            move_corrections(self.module, self.loads, self.optim.correction)
+            move_corrections(self.module.stack, self.loads, self.optim.correction)
         self.last["tokens/s"] = self.tokens / (time.perf_counter() - self.began)
 
 
