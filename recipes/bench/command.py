@@ -11,6 +11,7 @@ BENCHES = {
     "vit": ("mm.recipes.bench.vit:vit", "ViT-B/16, EVA-02-B and DINOv3-B against timm"),
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
     "decode": ("mm.recipes.bench.decode:decode", "a language model's tokens per second against transformers"),
+    "perplexity": ("mm.recipes.bench.perplexity:perplexity", "what few bits of weights and caches cost a decoder"),
     "loss": ("mm.recipes.bench.loss:loss", "contrastive losses in tiles against open_clip's, memory and time"),
     "gradcache": ("mm.recipes.bench.gradcache:gradcache", "a large batch in chunks against open_clip's accumulation"),
     "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),

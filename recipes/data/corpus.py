@@ -176,10 +176,10 @@ def kind_of(file: Path) -> str:
 
 def open_corpus(path: str, split: str = "file") -> Corpus:
     """The corpus at a path or of a shipped name. Raises InputError that names the path and what was expected."""
-    from .corpus_packages import PACKAGES, packaged
+    from .corpus_packages import PACKAGES, shipped
 
     if path.partition(":")[0] in PACKAGES and not Path(path).exists():
-        return packaged(path)
+        return shipped(path)
     place = Path(path).expanduser()
     if place.is_dir():
         return folder(place, split)

