@@ -41,8 +41,8 @@ def perplexity(argv: list[str]) -> int:
     parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
-    if args.stride > args.length:
-        raise InputError(f"--stride {args.stride} is longer than --length {args.length}: tokens would be left out")
+    if args.stride >= args.length:
+        raise InputError(f"--stride {args.stride} must be less than --length {args.length}: tokens need one before")
     torch.set_num_threads(args.threads)
     return report("perplexity", measure(args), packages=PACKAGES, json_file=args.json)
 
