@@ -1,7 +1,9 @@
 """Weights of eight or four bits for decoding.
 
 On a CPU in eight bits, every weight row and every token has its own scale: a token's result does not depend on its
-neighbours in the batch. Products are exact integers (FBGEMM's), so the same row gives the same bits at any batch size.
+neighbours in the batch. Activations are taken in 7 bits, and what these leave in 7 bits more, while the weights are
+read once: outliers make 7 bits alone cost SmolLM2 13 % of perplexity, both cost 0.04 %. Products are exact integers
+(FBGEMM's), so the same row gives the same bits at any batch size.
 On a GPU torchao's kernels take the products and promise neither.
 """
 
@@ -38,8 +40,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        largest = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True).clamp_(min=1e-12)
-        out = PRODUCT(flat / largest, 1 / LEVELS, LEVELS + 1, self.packed).mul_(largest)
+        step = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True).clamp_(min=1e-12).div_(LEVELS)
+        exact = flat / step
+        coarse = exact.round()
+        rows = torch.cat([coarse, exact.sub_(coarse).mul_(2 * LEVELS)])
+        coarse, rest = PRODUCT(rows, 1.0, LEVELS + 1, self.packed).split(len(flat))
+        out = torch.add(coarse, rest, alpha=0.5 / LEVELS).mul_(step)
         out = out if self.bias is None else out.add_(self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 

@@ -65,3 +65,11 @@ def test_what_cannot_be_quantised(monkeypatch):
     monkeypatch.setitem(sys.modules, "torchao.quantization", None)
     with pytest.raises(InputError, match="torchao"):
         by_torchao(model, "int4")
+
+
+def test_outliers_among_activations_leave_the_others_their_precision():
+    x, weight = torch.randn(4, 64), torch.randn(48, 64)
+    x[:, 3] *= 100
+    weight[:, 3] = 0  # what is left is the precision of the small ones
+    exact = x @ weight.T
+    assert (Int8Linear(weight)(x) - exact).norm() < 0.02 * exact.norm()
