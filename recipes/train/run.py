@@ -24,10 +24,11 @@ class WholeFiles(TorchCheckpointIO):
     def save_checkpoint(self, checkpoint: dict[str, Any], path: str | Path, storage_options: Any = None) -> None:
         kept = "the previous one is still there" if Path(path).exists() else "there is none yet"
         try:
-            with replacing(Path(path)) as part:
-                torch.save(checkpoint, part)
+            with replacing(Path(path)) as part, open(part, "wb") as file:
+                torch.save(checkpoint, file)
         except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
-            reason = str(error).strip().split("\n")[0]
+            cause = error if isinstance(error, OSError) else error.__context__
+            reason = cause.strerror if isinstance(cause, OSError) else error
             raise InputError(f"the checkpoint {path} cannot be written ({reason}); {kept}") from None
 
 
@@ -73,8 +74,13 @@ class CsvLog:
             part.write_text(",".join(self.columns) + "\n" + "".join(kept), "utf-8")
 
     def write(self, rows: list[Mapping[str, float]]) -> None:
-        with open(self.path, "a", newline="", encoding="utf-8") as file:
-            csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        """Raises InputError where that fails, as on a full disk."""
+        try:
+            with open(self.path, "a", newline="", encoding="utf-8") as file:
+                csv.DictWriter(file, self.columns, lineterminator="\n").writerows(rows)
+        except OSError as error:
+            raise InputError(f"{self.path} cannot be written ({error.strerror}); the checkpoint beside it stays as it "
+                             "was") from None
 
 
 def read_log(path: Path) -> dict[str, list[float]]:

@@ -14,6 +14,7 @@ from mm import spec
 from mm.errors import InputError
 from mm.recipes.data.lm_settings import LmData
 from mm.recipes.train.fit_lm import fit
+from mm.recipes.train.lm import LmRecipe
 from mm.recipes.train.lm_settings import LmJob, LmLoss, LmOptim, LmShape
 from mm.recipes.train.lm_start import new_decoder
 from mm.recipes.train.plans import check
@@ -55,6 +56,12 @@ def test_two_processes_give_the_losses_and_the_model_of_one(way, runs):
     assert one.keys() == two.keys()
     for name, value in one.items():
         torch.testing.assert_close(two[name], value, atol=2e-4, rtol=1e-3)
+
+
+def test_the_checkpoint_of_split_layers_is_not_taken_for_a_whole_one(runs):
+    with pytest.raises(InputError, match="of a run that splits layers over 2 processes, not 1"):
+        LmRecipe.load_from_checkpoint(runs / "tensor" / "last.ckpt", weights_only=True)
+    LmRecipe.load_from_checkpoint(runs / "fsdp2" / "last.ckpt", weights_only=True)
 
 
 @pytest.mark.parametrize(("mixer", "says"), [
