@@ -13,9 +13,10 @@ from .account import Account
 END = "<|endoftext|>"
 PART = 1 << 20  # bytes of a text that are held at a time; longer documents are cut after a line
 HEADING = re.compile(r" = [^=].* = ?\n?")  # of an article of WikiText
-CUTS: dict[str, Callable[[str], bool]] = {  # whether a document ends before this line
-    "file": lambda line: False, "blank": lambda line: not line.strip(), "line": lambda line: True,
-    "article": lambda line: HEADING.fullmatch(line) is not None}
+CUTS: dict[str, Callable[[str, str], bool]] = {  # whether a document ends between two lines
+    "file": lambda before, line: False, "blank": lambda before, line: not line.strip(),
+    "line": lambda before, line: True,
+    "article": lambda before, line: not before.strip() and HEADING.fullmatch(line) is not None}
 
 
 class Lines:
@@ -67,7 +68,7 @@ def cut_character(line: bytes) -> tuple[bytes, bytes]:
 def units(lines: Lines, split: str) -> Iterator[dict[str, Any]]:
     """The documents of a plain text, as the fields of `Document`: line, text, begins, ends."""
     held: list[str] = []
-    size, first, last, begins = 0, 1, 0, True
+    size, first, last, begins, before = 0, 1, 0, True, ""
 
     def flush(ends: bool) -> Iterator[dict[str, Any]]:
         nonlocal size, begins
@@ -78,9 +79,9 @@ def units(lines: Lines, split: str) -> Iterator[dict[str, Any]]:
             yield {"line": first, "text": text, "begins": begins, "ends": ends}
             begins = ends
     for number, line in lines.parts():
-        if number != last and CUTS[split](line):
+        if number != last and CUTS[split](before, line):
             yield from flush(True)
-        last = number
+        last, before = number, line
         for i, piece in enumerate(line.split(END)):
             if i:
                 yield from flush(True)
