@@ -18,6 +18,7 @@ from .audio import Sound, read_sound
 
 RATE, WINDOW, HOP = 16000, 400, 160  # Hz, samples, samples
 FRAMES_PER_SECOND = RATE // HOP
+BLOCK = 30000  # frames transformed at a time: 5 minutes, so that an hour needs no gigabytes
 KINK, STEP = 15.0, 200 / 3  # Slaney's scale is linear up to 15 mel = 1000 Hz, then 27 mel per factor of 6.4
 FIXED = {"feature_extractor_type": "WhisperFeatureExtractor", "sampling_rate": RATE, "hop_length": HOP, "n_fft": WINDOW,
          "padding_value": 0.0, "dither": 0.0}
@@ -59,8 +60,13 @@ class LogMel:
 
 def log_mel(wave: Tensor, bins: int) -> Tensor:
     """(L,) samples at 16 kHz, at least 201 -> (bins, L // 160): log10 of the power, within 8 of the loudest, scaled."""
-    stft = torch.stft(wave, WINDOW, HOP, window=torch.hann_window(WINDOW), return_complex=True)[:, :-1]
-    mel = (filters(bins) @ (stft.real.square() + stft.imag.square())).clamp(min=1e-10).log10()
+    frames, wave = len(wave) // HOP, F.pad(wave[None], (WINDOW // 2, WINDOW // 2), mode="reflect")[0]
+    mel = torch.empty(bins, frames)
+    for start in range(0, frames, BLOCK):
+        stop = min(start + BLOCK, frames)
+        piece = wave[start * HOP : (stop - 1) * HOP + WINDOW]
+        stft = torch.stft(piece, WINDOW, HOP, window=torch.hann_window(WINDOW), center=False, return_complex=True)
+        mel[:, start:stop] = (filters(bins) @ (stft.real.square() + stft.imag.square())).clamp(min=1e-10).log10()
     return (torch.maximum(mel, mel.amax() - 8.0) + 4.0) / 4.0
 
 

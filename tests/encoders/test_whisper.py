@@ -9,6 +9,7 @@ import torch
 from installed import whisper_tiny
 from support import close, redraw
 
+from mm.encoders import logmel
 from mm.encoders.audio import read_sound
 from mm.encoders.logmel import LogMel, open_ended
 from mm.encoders.speech_tokens import LANGUAGES, SpeechTokens
@@ -63,6 +64,13 @@ def test_spectrogram_equals_both_references(bins, length):
     ours = open_ended(wave, bins)
     close(ours, expected[:, : ours.shape[1]])
     assert bool((expected[:, ours.shape[1]:] == ours.min()).all())
+
+
+def test_a_spectrogram_in_blocks_is_the_same(monkeypatch):
+    wave = torch.randn(16000 * 3 + 77)
+    whole = open_ended(wave, 80)
+    monkeypatch.setattr(logmel, "BLOCK", 100)
+    close(open_ended(wave, 80), whole, 1e-6)
 
 
 def test_spectrogram_settings_go_through_files(tmp_path):
