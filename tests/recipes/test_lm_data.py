@@ -40,7 +40,8 @@ def module_of(corpus, tokenizer, cache, rank=0, world=1, start=0, workers=0, **c
     made = LmModule(data, tokenizer, 5, cache)
     made.prepare_data()
     made.setup()
-    made.trainer = SimpleNamespace(global_step=start, max_steps=start + 3, global_rank=rank, world_size=world,
+    made.trainer = SimpleNamespace(global_step=start, max_steps=start + 3,
+                                   distributed_sampler_kwargs={"rank": rank, "num_replicas": world},
                                    strategy=SimpleNamespace(root_device=torch.device("cpu")))
     return made
 
