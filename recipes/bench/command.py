@@ -12,6 +12,7 @@ BENCHES = {
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
     "decode": ("mm.recipes.bench.decode:decode", "a language model's tokens per second against transformers"),
     "perplexity": ("mm.recipes.bench.perplexity:perplexity", "what few bits of weights and caches cost a decoder"),
+    "lm": ("mm.recipes.bench.lm_step:lm", "a training step of a language model against transformers, time and memory"),
     "loss": ("mm.recipes.bench.loss:loss", "contrastive losses in tiles against open_clip's, memory and time"),
     "gradcache": ("mm.recipes.bench.gradcache:gradcache", "a large batch in chunks against open_clip's accumulation"),
     "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),
