@@ -56,7 +56,10 @@ def parse(settings: type, prog: str, argv: list[str]) -> Any:
         values = parser.parse_args([config_path(argv, i) for i in range(len(argv))])
     except ArgumentError as error:
         raise InputError(" ".join(str(error).split())) from None
-    made = parser.instantiate(values)
+    try:
+        made = parser.instantiate(values)
+    except ValueError as error:  # what an optional group of settings refuses comes wrapped
+        raise (error.__cause__ if isinstance(error.__cause__, InputError) else error) from None
     return settings(**{field.name: made[field.name] for field in dataclasses.fields(settings)})
 
 

@@ -45,12 +45,19 @@ def specs(cls):
 
 HEADS = spec.Attention(heads=4, kv_heads=2, head_dim=8)
 LATENT = spec.Latent(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=4, rope=spec.Rope())
+READER = spec.Layer(mixer=HEADS, cross=HEADS)
+ENCODER = spec.EncoderSpec(embed=spec.Embed(vocab=9), context=5,
+                           stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)))
 REPLACEMENTS = {
     spec.Sight: spec.CAUSAL, spec.Buckets: spec.Buckets(), spec.Rope: spec.Rope(), spec.Mlp: spec.Mlp(hidden=8),
     spec.Attention: HEADS, spec.Layer: spec.Layer(mixer=HEADS),
     spec.Latent: LATENT, spec.Moe: spec.Moe(experts=4, chosen=2, expert=spec.Mlp(hidden=8)),
     spec.Embed: spec.Embed(vocab=9), spec.DecoderSpec: spec.DecoderSpec(
         embed=spec.Embed(vocab=9), stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=LATENT),)), context=5),
+    spec.Groups: spec.Groups(count=4, chosen=2), spec.SentencePooling: spec.SentencePooling(),
+    spec.EncoderSpec: ENCODER,
+    spec.Seq2SeqSpec: spec.Seq2SeqSpec(encoder=ENCODER, start=(0,), end=1, decoder=spec.DecoderSpec(
+        embed=spec.Embed(vocab=9), stack=spec.Stack(dim=8, layers=(READER,)), context=5)),
     spec.Differential: spec.Differential(base=HEADS, lambda_init=0.5),
     spec.Stack: spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)),
 }
