@@ -15,7 +15,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D), weight (E, D), bias (E,) -> (..., E).
 
     Float32 on a CPU without gradients goes to oneDNN where it is faster than the BLAS behind `F.linear`, up to twice:
-    not for one token, nor for many by weights that `mm.arrange` transposed."""
+    not for one or two tokens, nor for many by weights that `mm.arrange` transposed."""
     if faster_in_onednn(x, weight):
         return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return F.linear(x, weight, bias)
@@ -29,7 +29,7 @@ def faster_in_onednn(x: Tensor, weight: Tensor) -> bool:
     rows = x.numel() // weight.shape[1]
     if weight.stride(0) == 1:
         return 2 < rows < MANY
-    return rows > 1 and weight.numel() >= (LARGE if rows > FEW else 4 * LARGE)
+    return rows > 2 and weight.numel() >= (LARGE if rows > FEW else 4 * LARGE)
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")
