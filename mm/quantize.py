@@ -2,8 +2,8 @@
 
 On a CPU in eight bits, every weight row and every token has its own scale: a token's result does not depend on its
 neighbours in the batch. Activations are taken in 7 bits, and what these leave in 7 bits more, while the weights are
-read once: outliers make 7 bits alone cost SmolLM2 about a tenth of its perplexity, both cost 0.5 %. Products are exact integers
-(FBGEMM's), so the same row gives the same bits at any batch size.
+read once: outliers make 7 bits alone cost SmolLM2 about a tenth of its perplexity, both cost 0.5 %. Products are exact
+integers (FBGEMM's), so the same row gives the same bits at any batch size.
 On a GPU torchao's kernels take the products and promise neither.
 """
 
