@@ -22,6 +22,7 @@ from mm.grouped import StackedLinear, filled
 from mm.int4 import Int4Linear
 from mm.latent import Unfolding
 from mm.linear import FusedLinear
+from mm.mlp import Mlp, activated
 
 M = TypeVar("M", bound=nn.Module)
 LEVELS = 63  # activations fill 7 bits: AVX2 adds pairs of 8-bit products in 16 bits, which 8 would overflow
@@ -78,6 +79,20 @@ class Fused(nn.Module):
         return self.whole(x).split(self.sizes, -1)
 
 
+class Gated(nn.Module):
+    """x (..., D) -> (..., D): a gated MLP whose two projections are one product, for which x is rounded once."""
+
+    def __init__(self, mlp: Mlp, cell: Cell):
+        super().__init__()
+        parts, self.settings, self.inner_norm = (mlp.up, mlp.gate), mlp.settings, mlp.inner_norm
+        bias = torch.cat([part.bias for part in parts]) if mlp.settings.up_bias else None
+        self.both = cell(torch.cat([part.weight for part in parts]), bias)
+        self.down = cell(mlp.down.weight, mlp.down.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.inner_norm(activated(self.settings, *self.both(x).chunk(2, -1))))
+
+
 class Stacked(nn.Module):
     """x (M, D) sorted by group -> (M, E), each group by a matrix of its own."""
 
@@ -132,16 +147,20 @@ def quantize(model: M, to: str = "int8") -> M:
 @torch.no_grad()
 def replace(model: nn.Module, cell: Cell) -> None:
     """Every matrix by one that `cell` makes of it; heads take eight bits, as in GGUF files of four."""
-    for module in list(model.modules()):
-        for name, child in list(module.named_children()):
-            if isinstance(child, FusedLinear):
-                setattr(module, name, Fused(child, cell))
-            elif isinstance(child, StackedLinear):
-                setattr(module, name, Stacked(child, cell))
-            elif isinstance(child, nn.Linear) and not isinstance(child, Unfolding):
-                setattr(module, name, cell(child.weight, child.bias))
-            elif isinstance(child, LMHead):
-                setattr(module, name, Head(child, module.embed.tokens.weight))
+    for name, child in list(model.named_children()):
+        if isinstance(child, FusedLinear):
+            setattr(model, name, Fused(child, cell))
+        elif isinstance(child, Mlp) and child.gate is not None:
+            setattr(model, name, Gated(child, cell))
+        elif isinstance(child, StackedLinear):
+            setattr(model, name, Stacked(child, cell))
+        elif isinstance(child, nn.Linear) and not isinstance(child, Unfolding):
+            setattr(model, name, cell(child.weight, child.bias))
+        elif isinstance(child, LMHead):
+            replace(child, cell)
+            setattr(model, name, Head(child, model.embed.tokens.weight))
+        else:
+            replace(child, cell)
 
 
 def by_torchao(model: nn.Module, to: str) -> None:
