@@ -77,9 +77,8 @@ class Engine:
     token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step.
 
     eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
-    one step; texts do not depend on it. compiled: run the decode step through torch.compile, and on a GPU
-    as a CUDA graph. remembered: the longest
-    memory of a request in tokens, for a decoder that reads an encoder.
+    one step; texts do not depend on it. compiled: run the decode step through torch.compile, and on a GPU as a CUDA
+    graph. remembered: the longest memory of a request in tokens, for a decoder that reads an encoder.
     """
 
     def __init__(self, model: TextDecoder, slots: int, length: int | None = None, chunk: int = 256, *,

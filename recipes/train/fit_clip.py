@@ -8,7 +8,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import lightning
 import torch
@@ -32,16 +32,16 @@ from .shard import strategy
 from .tune import TOWERS, with_patch_dropout
 from .watch import CURVES, Watch
 
+if TYPE_CHECKING:
+    from .lm_settings import LmJob
+    from .vit_settings import VitJob
+
 MODEL, METRICS = "model", "metrics.json"
 
 
 def fit(job: ClipJob) -> None:
     """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
-    quiet()
-    out = Path(job.out)
-    checkpoint = begin(out, asdict(job), FREE)
-    if job.trainer.threads:
-        torch.set_num_threads(job.trainer.threads)
+    out, checkpoint = start(job)
     pairs = read_pairs(job.data.path, job.data.templates)
     torch.manual_seed(job.trainer.seed)
     clip = starting_model(job, pairs)
@@ -60,6 +60,16 @@ def fit(job: ClipJob) -> None:
         export(average, out / MODEL, job.export.dtype)
         write_json(out / METRICS, account(job, pairs, recipe, watch))
         conclude(out, watch)
+
+
+def start(job: ClipJob | VitJob | LmJob) -> tuple[Path, Path | None]:
+    """The directory of a run and the checkpoint to go on from, if there is one; the process is set up for it."""
+    quiet()
+    out = Path(job.out)
+    checkpoint = begin(out, asdict(job), FREE)
+    if job.trainer.threads:
+        torch.set_num_threads(job.trainer.threads)
+    return out, checkpoint
 
 
 def quiet() -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import sys
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,10 @@ from ..data.corpus import open_corpus
 from ..data.corruption import SENTINELS
 from ..data.lm import Batches, Fixed, LmModule, objective_for
 from ..data.sampler import Order
-from .fit_clip import METRICS, MODEL, export, lightning_trainer, quiet
+from .fit_clip import METRICS, MODEL, export, lightning_trainer, start
 from .lm import LmRecipe, losses
 from .lm_settings import LmJob, LmLoss
 from .lm_start import Model, embed_of, opened, starting_model
-from .run import begin
-from .settings import FREE
 from .shard import strategy
 from .tokenizer import train_tokenizer
 from .watch import CURVES, Watch
@@ -38,11 +35,7 @@ TOKENIZER, TOKENS = "tokenizer", "tokens"
 
 def fit(job: LmJob) -> None:
     """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
-    quiet()
-    out = Path(job.out)
-    checkpoint = begin(out, asdict(job), FREE)
-    if job.trainer.threads:
-        torch.set_num_threads(job.trainer.threads)
+    out, checkpoint = start(job)
     model, data = prepare(job)
     recipe = LmRecipe(model.spec, job.optim, job.loss, job.trainer.seed, model, job.lora, job.checkpointing,
                       job.compile)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,7 @@ from ..data.classes import ClassBatches, ClassModule, FeatureBatches, changes
 from ..data.features import BATCH, Skipped, features, read_pictures
 from ..data.labelled import Sets, read_labelled
 from .confusion import confusion, draw, most_confused, sentences, write_table
-from .fit_clip import METRICS, MODEL, export, lightning_trainer, quiet
-from .run import begin
-from .settings import FREE
+from .fit_clip import METRICS, MODEL, export, lightning_trainer, start
 from .vit import VitRecipe, classify
 from .vit_settings import VitJob
 from .vit_start import check_classes, kept_classes, opened, starting_model
@@ -36,11 +34,7 @@ Source = Callable[[], Iterator[tuple[Tensor, Tensor]]]  # batches of inputs and 
 
 def fit(job: VitJob) -> None:
     """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
-    quiet()
-    out = Path(job.out)
-    checkpoint = begin(out, asdict(job), FREE)
-    if job.trainer.threads:
-        torch.set_num_threads(job.trainer.threads)
+    out, checkpoint = start(job)
     given = opened(job)
     kept = kept_classes(job, given)
     sets = read_labelled(job.data.path, job.data.val, job.data.holdout, kept)
