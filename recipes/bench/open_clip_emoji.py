@@ -17,7 +17,8 @@ from ..evaluate import Meter, open_source
 from ..search.embed import Embedder
 from ..train.clip import ClipRecipe
 from ..train.command import parse
-from ..train.fit_clip import lightning_trainer, model_input, quiet, starting_model
+from ..train.fit_clip import model_input, starting_model
+from ..train.launch import lightning_trainer, quiet
 from ..train.run import LAST
 from ..train.settings import ClipJob, Shape
 from ..train.watch import Watch

@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import logging
 import sys
-import warnings
 from collections.abc import Callable
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-import lightning
 import torch
-from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
 from mm.checkpoint import write_json
@@ -20,23 +16,16 @@ from mm.errors import InputError
 from mm.lora import merge_lora
 
 from ...encoders.clip import CLIP
-from ..bench.report import machine
 from ..data.module import Input, PairsModule
 from ..data.pairs import Pairs, read_pairs
 from ..evaluate import Meter, flat, open_source
 from .clip import ClipRecipe
-from .run import WholeFiles, begin
-from .settings import FREE, ClipJob, Lock, Trainer
+from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
+from .settings import ClipJob, Lock
 from .shape import add_bias, can_trim, new_clip
 from .shard import strategy
 from .tune import TOWERS, with_patch_dropout
 from .watch import CURVES, Watch
-
-if TYPE_CHECKING:
-    from .lm_settings import LmJob
-    from .vit_settings import VitJob
-
-MODEL, METRICS = "model", "metrics.json"
 
 
 def fit(job: ClipJob) -> None:
@@ -60,24 +49,6 @@ def fit(job: ClipJob) -> None:
         export(average, out / MODEL, job.export.dtype)
         write_json(out / METRICS, account(job, pairs, recipe, watch))
         conclude(out, watch)
-
-
-def start(job: ClipJob | VitJob | LmJob) -> tuple[Path, Path | None]:
-    """The directory of a run and the checkpoint to go on from, if there is one; the process is set up for it."""
-    quiet()
-    out = Path(job.out)
-    checkpoint = begin(out, asdict(job), FREE)
-    if job.trainer.threads:
-        torch.set_num_threads(job.trainer.threads)
-    return out, checkpoint
-
-
-def quiet() -> None:
-    """Lightning's remarks about hardware, and about loaders that it cannot know to start at the right step."""
-    for name in ("lightning.pytorch", "lightning.fabric"):
-        logging.getLogger(name).setLevel(logging.WARNING)
-    known = "not resumable|does not have many workers|LeafSpec|all_gather is deprecated|in eval mode at the start"
-    warnings.filterwarnings("ignore", message=f".*({known}).*")
 
 
 def starting_model(job: ClipJob, pairs: Pairs) -> CLIP:
@@ -121,17 +92,6 @@ def measure_with(job: ClipJob) -> Callable[[nn.Module], dict[str, float]] | None
     return lambda clip: dict(flat(Meter(clip=clip, templates=job.data.templates)(source)))
 
 
-def lightning_trainer(settings: Trainer, watch: Watch, strategy: str | ModelParallelStrategy = "ddp"
-                      ) -> lightning.Trainer:
-    gpu = torch.cuda.is_available() and settings.accelerator in ("auto", "gpu", "cuda")
-    precision = ("bf16-mixed" if gpu else "32-true") if settings.precision == "auto" else settings.precision
-    return lightning.Trainer(
-        accelerator=settings.accelerator, devices=settings.devices, precision=precision,
-        strategy=strategy if settings.devices > 1 else "auto", max_steps=settings.max_steps, max_epochs=-1,
-        callbacks=[watch], plugins=[WholeFiles()], logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False, use_distributed_sampler=False, num_sanity_val_steps=0)
-
-
 def introduce(job: ClipJob, pairs: Pairs, clip: CLIP, checkpoint: Path | None) -> None:
     parameters = sum(p.numel() for p in clip.parameters()) / 1e6
     sounds = sum(pair.sound is not None for pair in pairs.items)
@@ -144,20 +104,13 @@ def introduce(job: ClipJob, pairs: Pairs, clip: CLIP, checkpoint: Path | None) -
     print("\n".join(lines + ([f"continuing {checkpoint}"] if checkpoint else [])), file=sys.stderr)
 
 
-def export(clip: CLIP, folder: Path, dtype: str) -> None:
-    clip.to(getattr(torch, dtype)).eval().save_pretrained(folder)
-
-
 def account(job: ClipJob, pairs: Pairs, recipe: ClipRecipe, watch: Watch) -> dict[str, Any]:
     """What a run was and came to; times in seconds, measures in percent."""
-    gpu = torch.cuda.get_device_name() if recipe.device.type == "cuda" else None
     notes = {kind: watch.notes.get(kind, {}) for kind in ("picture", "sound", "caption", "repeat")}
-    return {
-        "steps": job.trainer.max_steps, "batch_size": job.data.batch_size, "seconds": round(watch.seconds, 1),
-        "machine": gpu or machine(), "threads": torch.get_num_threads(),
-        "torch": torch.__version__, "pictures": len(pairs), "left_out": list(pairs.notes),
+    return facts(job, recipe, watch) | {
+        "pictures": len(pairs), "left_out": list(pairs.notes),
         "parameters": sum(p.numel() for p in recipe.clip.parameters()),
-        "trained": sum(p.numel() for p in recipe.clip.parameters() if p.requires_grad), "validation": watch.measured,
+        "trained": sum(p.numel() for p in recipe.clip.parameters() if p.requires_grad),
         "unreadable_pictures": len(notes["picture"]), "unreadable_sounds": len(notes["sound"]),
         "cut_captions": len(notes["caption"]), "repeated_captions": len(notes["repeat"]),
         "unreadable": sorted([*notes["picture"].values(), *notes["sound"].values()])}

@@ -16,12 +16,11 @@ from mm.lora import merge_lora
 from mm.schema import require
 from mm.tokenizer import Tokenizer, load_tokenizer
 
-from ..bench.report import machine
 from ..data.corpus import open_corpus
 from ..data.corruption import SENTINELS
 from ..data.lm import Batches, Fixed, LmModule, objective_for
 from ..data.sampler import Order
-from .fit_clip import METRICS, MODEL, export, lightning_trainer, start
+from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
 from .lm import LmRecipe, losses
 from .lm_settings import LmJob, LmLoss
 from .lm_start import Model, embed_of, opened, starting_model
@@ -123,15 +122,12 @@ def introduce(job: LmJob, data: LmModule, model: Model, checkpoint: Path | None)
 
 def account(job: LmJob, data: LmModule, recipe: LmRecipe, watch: Watch) -> dict[str, Any]:
     """What a run was and came to; times in seconds."""
-    gpu = torch.cuda.get_device_name() if recipe.device.type == "cuda" else None
     done = job.trainer.max_steps * job.data.batch_size * job.data.length
-    return {
-        "steps": job.trainer.max_steps, "batch_size": job.data.batch_size, "length": job.data.length,
-        "seconds": round(watch.seconds, 1), "tokens_per_second": round(done / max(watch.seconds, 1e-9)),
-        "machine": gpu or machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return facts(job, recipe, watch) | {
+        "length": job.data.length, "tokens_per_second": round(done / max(watch.seconds, 1e-9)),
         "tokens": data.training.spans.size, "vocabulary": data.tokenizer.vocab_size, "left_out": data.notes,
         "parameters": sum(p.numel() for p in recipe.module.parameters()),
-        "trained": sum(p.numel() for p in recipe.module.parameters() if p.requires_grad), "validation": watch.measured}
+        "trained": sum(p.numel() for p in recipe.module.parameters() if p.requires_grad)}
 
 
 def conclude(watch: Watch) -> list[str]:

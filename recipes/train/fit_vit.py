@@ -16,12 +16,11 @@ from torch import Tensor, nn
 from mm.checkpoint import write_json
 
 from ...encoders.vit import ViT
-from ..bench.report import machine
 from ..data.classes import ClassBatches, ClassModule, FeatureBatches, changes
 from ..data.features import BATCH, Skipped, features, read_pictures
 from ..data.labelled import Sets, read_labelled
 from .confusion import confusion, draw, most_confused, sentences, write_table
-from .fit_clip import METRICS, MODEL, export, lightning_trainer, start
+from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
 from .vit import VitRecipe, classify
 from .vit_settings import VitJob
 from .vit_start import check_classes, kept_classes, opened, starting_model
@@ -140,10 +139,7 @@ def conclude(job: VitJob, sets: Sets, recipe: VitRecipe, watch: Watch, exam: Exa
 
 def account(job: VitJob, sets: Sets, recipe: VitRecipe, watch: Watch) -> dict[str, Any]:
     """What a run was and came to; times in seconds, accuracy in percent."""
-    gpu = torch.cuda.get_device_name() if recipe.device.type == "cuda" else None
-    return {
-        "steps": job.trainer.max_steps, "batch_size": job.data.batch_size, "seconds": round(watch.seconds, 1),
-        "machine": gpu or machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
+    return facts(job, recipe, watch) | {
         "pictures": len(sets.train), "validation_pictures": len(sets.val) if sets.val else 0,
         "classes": len(sets.train.classes), "left_out": list(sets.notes), "frozen": job.freeze == "backbone",
-        "trained_parameters": sum(p.numel() for p in recipe.module.parameters()), "validation": watch.measured}
+        "trained_parameters": sum(p.numel() for p in recipe.module.parameters())}
