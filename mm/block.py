@@ -29,7 +29,7 @@ class Block(nn.Module):
         self.cross = CrossAttention(dim, memory_dim or dim, layer.cross) if layer.cross else None
         self.mlp = build_mlp(dim, layer.mlp) if layer.mlp else None
         self.mixer_norm = build_norm(layer.norm if layer.mixer_norm else None, dim)
-        self.cross_norm = build_norm(layer.norm, dim) if layer.cross else None
+        self.cross_norm = build_norm(layer.cross_norm or layer.norm, dim) if layer.cross else None
         self.mlp_norm = build_norm(layer.norm, dim) if layer.mlp and layer.placement != "parallel" else None
         sandwich = layer.norm if layer.placement == "sandwich" else None
         self.mixer_post_norm = build_norm(sandwich, dim)

@@ -43,7 +43,8 @@ class Family:
     are file names, best first; `to_spec(config, where)` and `from_spec(spec)` translate; `table(spec, names)` maps
     weights, where names are those in the file; `files(config, extras)` are the JSON files that go beside the weights,
     the config last; `preprocess(folder, spec)` and `labels(config)` read what `files` wrote, and
-    `complete(folder, opened)` what other files say about the model."""
+    `complete(folder, opened)` what other files say about the model. `named(config)` are files of weights that a config
+    names itself, which count before `weights`."""
 
     layout: str
     config: str
@@ -57,6 +58,7 @@ class Family:
     labels: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
     has_text: bool = False
     complete: Callable[[Path, Opened], Opened] = lambda folder, opened: opened
+    named: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
 
 
 class Families:
@@ -82,7 +84,8 @@ class Families:
         where = folder / family.config
         config = checkpoint.read_json(where)
         settings = family.to_spec(config, str(where))
-        weights = checkpoint.open_weights(folder, family.weights, allow_pickle=allow_pickle)
+        names = (*family.named(config), *family.weights)
+        weights = checkpoint.open_weights(folder, names, allow_pickle=allow_pickle)
         extras = Extras(family.preprocess(folder, settings), load_tokenizer(folder) if family.has_text else None,
                         family.labels(config))
         opened = Opened(settings, weights, family.table(settings, weights.shapes), extras)

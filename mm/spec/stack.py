@@ -21,8 +21,9 @@ class Layer:
     residual_post  norm(x + f(x))                     BERT, the original
     parallel       x + mixer(norm(x)) + mlp(norm(x))  GPT-J, Falcon; `parallel_norms`: two norms (GPT-NeoX)
 
-    `mixer_norm` False leaves out the norm before the mixer (ModernBERT's first layer). `layer_scale` is the initial
-    value of the branches' learned scale; `drop_path` the probability that a row skips a branch while training.
+    `mixer_norm` False leaves out the norm before the mixer (ModernBERT's first layer); `cross_norm` stands before
+    cross-attention where that has another norm (Moshi). `layer_scale` is the initial value of the branches' learned
+    scale; `drop_path` the probability that a row skips a branch while training.
     """
 
     mixer: Attention | Latent | Differential
@@ -30,6 +31,7 @@ class Layer:
     cross: Attention | None = None
     norm: Norm = LayerNorm()
     mixer_norm: bool = True
+    cross_norm: Norm | None = None
     placement: Literal["pre", "post_branch", "sandwich", "residual_post", "parallel", "parallel_norms"] = "pre"
     layer_scale: float | None = None
     drop_path: float = 0.0
@@ -39,6 +41,7 @@ class Layer:
         if self.placement.startswith("parallel"):
             require(self.cross is None and self.mlp is not None, "a parallel layer has an mlp and no cross-attention")
         require(self.cross is None or self.cross.rope is None, "cross-attention has no rope: it reads another sequence")
+        require(self.cross_norm is None or self.cross is not None, "Layer.cross_norm is for cross-attention")
         require_rates(self, "drop_path", "dropout")
 
 

@@ -48,7 +48,16 @@ LATENT = spec.Latent(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=4, ro
 READER = spec.Layer(mixer=HEADS, cross=HEADS)
 ENCODER = spec.EncoderSpec(embed=spec.Embed(vocab=9), context=5,
                            stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)))
+DEPTH_LAYER = spec.Layer(mixer=spec.Attention(heads=4, kv_heads=2, head_dim=8, sight=spec.CAUSAL, q_bias=False,
+                                              k_bias=False, v_bias=False, out_bias=False),
+                         mlp=spec.Mlp(hidden=8, gated=True, up_bias=False, down_bias=False))
+DEPTH = spec.Depth(stack=spec.Stack(dim=8, layers=(DEPTH_LAYER,)), weights=(0, 1, 1))
 REPLACEMENTS = {
+    spec.Depth: DEPTH, spec.TextStream: spec.TextStream(vocab=9), spec.Choice: spec.Choice(bins=4, dim=2),
+    spec.Conditioning: spec.Conditioning(conditions=(
+        spec.Condition(name="voice", of=spec.Vectors(dim=4), into="prepend"),)),
+    spec.DuplexSpec: spec.DuplexSpec(text=spec.TextStream(vocab=9), card=8, context=5, delays=(0, 1, 2, 0), depth=DEPTH,
+                                     stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),))),
     spec.Sight: spec.CAUSAL, spec.Buckets: spec.Buckets(), spec.Rope: spec.Rope(), spec.Mlp: spec.Mlp(hidden=8),
     spec.Attention: HEADS, spec.Layer: spec.Layer(mixer=HEADS),
     spec.Latent: LATENT, spec.Moe: spec.Moe(experts=4, chosen=2, expert=spec.Mlp(hidden=8)),
