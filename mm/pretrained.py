@@ -53,6 +53,8 @@ class Pretrained(nn.Module):
         last, the config. Raises InputError when there is no such layout for this kind of model, or when it cannot hold
         this one."""
         (family, config), folder = self.families.to_write(self.kind, layout, self.spec), Path(folder)
+        if family.layout == "hf":
+            config |= {"dtype": str(next(self.parameters()).dtype).removeprefix("torch.")}
         files = family.files(config, Extras(self.preprocessing, self.tokenizer, self.labels, self.generation))
         state = family.table(self.spec, ()).save(self.state_dict(), layout)
         folder.mkdir(parents=True, exist_ok=True)

@@ -85,6 +85,26 @@ def table(kind: Kind, spec: DecoderSpec) -> Table:
     return Table(tuple(rules), ignored | ({"lm_head.weight": TIED} if spec.head.tied else {}))
 
 
+def inside(kind: Kind, model_type: str, unread: Iterable[str]) -> Family:
+    """The text decoder in the directory of a model that also sees: the config's `text_config` and the weights under
+    `language_model.`; `unread` are patterns of the other weights. It is only read, never written."""
+    reasons = dict.fromkeys(unread, "a text decoder sees no pictures")
+
+    def spec_of(config: Mapping[str, Any], where: str) -> DecoderSpec:
+        return to_spec(kind, Keys(config, where).take("text_config", dict), f"{where}: text_config")
+
+    def table_of(spec: DecoderSpec) -> Table:
+        text = table(kind, spec)
+        rules = (replace(one, theirs=tuple("language_model." + name for name in one.theirs)) for one in text.rules)
+        return Table(tuple(rules), {"language_model." + name: why for name, why in text.ignored.items()} | reasons)
+
+    def never(spec: DecoderSpec) -> dict[str, Any]:
+        raise InputError(f"a text decoder is not written as the whole of a {model_type}")
+
+    return replace(family(kind), recognise=lambda config: config.get("model_type") == model_type, to_spec=spec_of,
+                   from_spec=never, table=lambda spec, names: table_of(spec))
+
+
 # ------------------------------------------------------------------------------------- parts of a config, read
 def norm_of(keys: Keys, order: str = "cast_then_scale") -> RMSNorm:
     return RMSNorm(eps=float(keys.take("rms_norm_eps", float, 1e-6)), order=order)

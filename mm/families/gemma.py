@@ -15,6 +15,7 @@ from mm.families.decoder import (
     attention_of,
     attention_rules,
     family,
+    inside,
     mlp_config,
     mlp_of,
     mlp_rules,
@@ -109,9 +110,12 @@ def rules(theirs: str, ours: str, spec: DecoderSpec) -> list[Rule]:
 
 SHARED = {"hidden_activation": "gelu_pytorch_tanh", "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 256,
           "query_pre_attn_scalar": 256, "tie_word_embeddings": True, "sliding_window": 4096}
-GEMMA_KINDS = (
-    family(Kind(model_type="gemma2", name="Gemma2ForCausalLM", layers=gemma2, config=config, rules=rules, embed=embed,
-                head=head, defaults=SHARED | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0,
-                                              "attn_logit_softcapping": 50.0})),
-    family(Kind(model_type="gemma3_text", name="Gemma3ForCausalLM", layers=gemma3, config=config3, rules=rules,
-                embed=embed, head=head, defaults=SHARED | {"max_position_embeddings": 131072, "vocab_size": 262208})))
+GEMMA2 = Kind(
+    model_type="gemma2", name="Gemma2ForCausalLM", layers=gemma2, config=config, rules=rules, embed=embed, head=head,
+    defaults=SHARED | {"max_position_embeddings": 8192, "final_logit_softcapping": 30.0,
+                       "attn_logit_softcapping": 50.0})
+GEMMA3 = Kind(
+    model_type="gemma3_text", name="Gemma3ForCausalLM", layers=gemma3, config=config3, rules=rules, embed=embed,
+    head=head, defaults=SHARED | {"max_position_embeddings": 131072, "vocab_size": 262208})
+GEMMA_KINDS = (family(GEMMA2), family(GEMMA3),
+               inside(GEMMA3, "gemma3", ("vision_tower.{name}", "multi_modal_projector.{name}")))

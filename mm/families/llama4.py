@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -16,16 +15,15 @@ from mm.families.decoder import (
     attention_of,
     attention_rules,
     family,
+    inside,
     norm_of,
     norm_rules,
-    table,
-    to_spec,
 )
 from mm.families.experts import HALVES_TRANSPOSED, TRANSPOSED, count_of, fused_rules, leave_training, mixture
 from mm.families.hf import TO_HF, act_of
 from mm.family import Keys
 from mm.spec import CAUSAL, Attention, DecoderSpec, L2Norm, Layer, Mlp, Moe, QKNorm, RMSNorm, Router, Sight, Temperature
-from mm.tables import Rule, Table, rule
+from mm.tables import Rule, rule
 
 CHUNKED = "chunked_attention"
 
@@ -102,27 +100,8 @@ def rules(theirs: str, ours: str, spec: DecoderSpec) -> list[Rule]:
             *(rule(f"{a}{part}_proj.weight", f"{b}{part}.weight") for a, b in parts for part in ("gate", "up", "down"))]
 
 
-# ------------------------------------------------------------------------------------- the whole model's directory
-def whole(config: Mapping[str, Any], where: str) -> DecoderSpec:
-    return to_spec(TEXT, Keys(config, where).take("text_config", dict), f"{where}: text_config")
-
-
-def whole_table(spec: DecoderSpec) -> Table:
-    inner = table(TEXT, spec)
-    rules = tuple(replace(one, theirs=tuple("language_model." + name for name in one.theirs)) for one in inner.rules)
-    ignored = {"language_model." + name: reason for name, reason in inner.ignored.items()}
-    sight = dict.fromkeys(("vision_model.{name}", "multi_modal_projector.{name}"), "a text decoder sees no pictures")
-    return Table(rules, ignored | sight)
-
-
-def never(spec: DecoderSpec) -> dict[str, Any]:
-    raise InputError("a text decoder is not written as the whole of Llama 4")
-
-
 TEXT = Kind(
     model_type="llama4_text", name="Llama4ForCausalLM", layers=layers, config=config, rules=rules,
     defaults={"rms_norm_eps": 1e-5, "rope_theta": 500000.0, "head_dim": 128, "num_key_value_heads": 8,
               "max_position_embeddings": 131072, "attention_chunk_size": 8192})
-LLAMA4_KINDS = (family(TEXT), replace(
-    family(TEXT), recognise=lambda config: config.get("model_type") == "llama4", to_spec=whole, from_spec=never,
-    table=lambda spec, names: whole_table(spec)))
+LLAMA4_KINDS = (family(TEXT), inside(TEXT, "llama4", ("vision_model.{name}", "multi_modal_projector.{name}")))

@@ -189,6 +189,23 @@ def test_the_first_gemma3_configs(tmp_path):
     assert (TextDecoder.from_pretrained(tmp_path)(ids) - theirs(ids).logits).abs().max() <= 1e-5
 
 
+@torch.no_grad()
+def test_the_text_of_a_gemma3_that_sees(tmp_path):
+    """As the sizes from 4B are published: a text_config, and weights of a vision tower that are left out."""
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2,
+              "image_size": 28, "patch_size": 14}
+    text = SIZES | {"head_dim": 12, "sliding_window": 6, "query_pre_attn_scalar": 12}
+    torch.manual_seed(0)
+    theirs = redraw(transformers.Gemma3ForConditionalGeneration(
+        transformers.Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)).eval())
+    theirs.save_pretrained(tmp_path)
+    ours, ids = TextDecoder.from_pretrained(tmp_path), torch.randint(SIZES["vocab_size"], (2, 40))
+    assert (ours(ids) - theirs(ids).logits).abs().max() <= 1e-5
+    ours.to(torch.bfloat16).save_pretrained(tmp_path / "text", layout="hf")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "text", dtype="auto")
+    assert type(again).__name__ == "Gemma3ForCausalLM" and again.dtype == torch.bfloat16
+
+
 @pytest.mark.parametrize("call, told", [
     ({}, "either ids or embeddings"),
     ({"ids": torch.zeros(2, 3)}, "integers"),
