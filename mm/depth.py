@@ -236,11 +236,15 @@ class DepthDecoder(nn.Module):
         """(K, B, T, D) -> (K, B, T, card)."""
         return self.head(hidden.flatten(1, 2)).unflatten(1, hidden.shape[1:3])
 
+    def begin(self, x: Tensor) -> tuple[Cache, Tensor]:
+        """x: (B, M) of one frame -> room for its steps, and what each reads of it (K, B, D)."""
+        return self.stack.cache(len(x), self.count, x), self.input(x.expand(self.count, -1, -1))
+
     def step(self, x: Tensor, token: Tensor, k: int, cache: Cache) -> Tensor:
-        """x: (B, M), the token (B,) before codebook k -> its logits (B, card)."""
+        """x: (B, D) of `begin`, the token (B,) before codebook k -> its logits (B, card)."""
         if k == 0:
             before = self.text(token)
         else:
             before = self.codes.one(token, k - 1)
             before = before if self.up is None else self.up.step(before, k - 1)
-        return self.head.step(self.stack.step(add(self.input.step(x, k), before), k, cache), k)
+        return self.head.step(self.stack.step(x + before, k, cache), k)

@@ -7,19 +7,22 @@ next token of text and, one after the other by a depth transformer, the next cod
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import NamedTuple
+from dataclasses import replace
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from mm import spec
+from mm import schema, spec
 from mm.conditions import Conditioned, Conditions, Value
 from mm.depth import DepthDecoder
+from mm.dialogue import NO_HOOKS, DuplexState, Frame, Guidance, Hooks, prompt, step
 from mm.errors import InputError
 from mm.families.duplex import FAMILIES
 from mm.linear import Linear
 from mm.memory import Memory
 from mm.pretrained import Pretrained
+from mm.sampling import GREEDY, Sampling, controls
 from mm.state import StackState
 from mm.streams import NONE, CodeTables, TextTable, aligned, delayed
 from mm.transformer import Transformer
@@ -59,6 +62,7 @@ class DuplexLM(Pretrained):
         self.extra = nn.ModuleList(Linear(dim, size, bias=False) for size in s.extra)
         self.depth = DepthDecoder(s) if s.depth else None
         self.conditions = Conditions(s.conditioning, dim) if s.conditioning else None
+        self.fingerprint_of_spec = schema.fingerprint(s)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -129,6 +133,68 @@ class DuplexLM(Pretrained):
             memory = conditions.cross.to(x.dtype)
         return self.stack(x, at, state=state, rows=rows, memory=memory)[:, before:]
 
+    # ------------------------------------------------------------------------------------- sessions
+    def init_state(self, batch: int, *, conditions: Mapping[str, Value] | None = None, text: Sampling = GREEDY,
+                   audio: Sampling = GREEDY, guidance: Guidance | None = None, length: int | None = None,
+                   chunk: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                   cache: Literal["full", "int8"] = "full") -> DuplexState:
+        """`batch` sessions that have not begun. conditions: values by name, one a session. text, audio: how tokens are
+        chosen (`mm.dialogue.TEXT` and `AUDIO` are the official settings). length: frames that a session remembers where
+        a layer has no window (default: the context); chunk: the most frames that a prompt is read in at once."""
+        rows, s = batch * (1 if guidance is None else 2), self.spec
+        device = torch.device(device or self.text.weight.device)
+        windows = [spec.attention(layer).sight.left for layer in s.stack.layers]
+        most = None if None not in windows else max(length or s.context, *(chunk + (left or 0) for left in windows))
+        stack = self.stack.init_state(rows, length=most, chunk=chunk, dtype=dtype, device=device, cache=cache)
+        tokens = torch.zeros(rows, 1 + s.codebooks, s.lag + 3, dtype=torch.long, device=device)
+        state = DuplexState(torch.zeros(rows, dtype=torch.long, device=device), tokens, stack, None, None,
+                            controls([text] * rows, device), controls([audio] * rows, device), s.delays, guidance,
+                            self.fingerprint_of_spec)
+        if self.conditions is not None or conditions:
+            self.begin(state, conditions)
+        return state
+
+    @torch.no_grad()
+    def begin(self, state: DuplexState, conditions: Mapping[str, Value] | None = None,
+              rows: Tensor | None = None) -> None:
+        """New sessions in all rows, or in those of rows (B,) bool, with their conditions: values by name, one for each
+        of the B sessions. What cross-attention reads may not be longer than when the state was made."""
+        batch = len(state.offset) // state.twice
+        state.reset(state.rows(rows))
+        if self.conditions is None and not conditions:
+            return
+        values = {name: [one for value in held for one in (value, None)[:state.twice]]
+                  for name, held in (conditions or {}).items()}
+        made = self.condition(values, batch * state.twice)
+        chosen = torch.ones_like(state.offset, dtype=torch.bool) if rows is None else state.rows(rows)
+        if made.added is not None:
+            state.added = made.added if state.added is None else torch.where(chosen[:, None, None], made.added,
+                                                                             state.added)
+        if made.cross is not None:
+            memory = self.stack.remember(made.cross.to(self.text.weight.dtype))
+            if state.memory is None:
+                state.memory = replace(memory, at=At(memory.at.position.clone()))
+            else:
+                for row in chosen.nonzero().flatten().tolist():
+                    state.memory.insert(row, memory.select(torch.tensor([row])))
+        if made.before is not None:
+            x = made.before if made.added is None else made.before + made.added
+            self.stack(x.to(self.text.weight.dtype), state=state.stack, rows=chosen, memory=state.memory)
+
+    def step(self, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None, given: Tensor | None = None,
+             hooks: Hooks = NO_HOOKS) -> Frame:
+        """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`mm.dialogue`
+        says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
+        this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state."""
+        return step(self, heard, state, rows, given, hooks)
+
+    def prompt(self, own: Tensor, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None) -> None:
+        """What was said, (B, 1 + own, T), and heard, (B, heard, T), before sessions go on: as T steps that are given
+        these, aligned by frame. A text prompt is tokens over silent codes, a voice prompt codes under padding. The
+        last frames' delayed codes are left to the model."""
+        prompt(self, own, heard, state, rows)
+
+    # ------------------------------------------------------------------------------------- checks
     def check(self, codes: Tensor, documents: Tensor | None) -> None:
         streams = 1 + self.spec.codebooks
         if codes.ndim != 3 or codes.shape[1] != streams or not codes.shape[2] or codes.is_floating_point():

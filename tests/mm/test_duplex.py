@@ -5,6 +5,7 @@ import json
 import duplex
 import pytest
 import torch
+from duplex import random_codes, small
 from safetensors.torch import load_file, save_file
 from support import close
 
@@ -89,22 +90,6 @@ def test_names_of_the_packages_memory_and_int8_files(moshi, tmp_path):
 
 
 # ------------------------------------------------------------------------------------- by itself
-def small(**changes) -> DuplexLM:
-    """Two delays, GQA, weights that steps share, narrow embeddings."""
-    layer = duplex.layer(left=5, rope=spec.Rope(layout="interleaved"))
-    depth = spec.Depth(stack=spec.Stack(dim=16, layers=(duplex.layer(heads=2, hidden=24),) * 2),
-                       weights=(0, 1, 2, 2), rank=8)
-    fields = {"text": spec.TextStream(vocab=20), "stack": spec.Stack(dim=32, layers=(layer,) * 2,
-              final_norm=spec.RMSNorm()), "card": 12, "delays": (0, 0, 2, 2, 2, 0, 2), "context": 6, "depth": depth}
-    return duplex.redraw(DuplexLM(spec.DuplexSpec(**fields | changes))).eval()
-
-
-def random_codes(model: DuplexLM, batch: int, frames: int) -> torch.Tensor:
-    s = model.spec
-    return torch.cat([torch.randint(s.text.vocab, (batch, 1, frames)),
-                      torch.randint(s.card, (batch, s.codebooks, frames))], 1)
-
-
 @torch.no_grad()
 def test_packed_conversations_are_as_if_alone():
     model = small()
@@ -150,10 +135,10 @@ def test_gradients_in_float64():
     wanted = torch.autograd.grad((whole * weights).sum(), [x, *parameters])
     total = 0
     for t in range(3):
-        rows, cache = [], [tuple(c.double() for c in pair) for pair in model.depth.stack.cache(1, 4, x)]
+        rows, (cache, read) = [], model.depth.begin(x[:, t])
         for k in range(4):
             cache = [tuple(held.clone() for held in pair) for pair in cache]
-            rows.append(model.depth.step(x[:, t], tokens[:, k, t], k, cache))
+            rows.append(model.depth.step(read[k], tokens[:, k, t], k, cache))
         total = total + (torch.stack(rows) * weights[:, :, t]).sum()
     for ours, theirs in zip(torch.autograd.grad(total, [x, *parameters]), wanted, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-10, rtol=1e-8)

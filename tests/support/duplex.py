@@ -144,3 +144,19 @@ def layer(heads: int = 4, width: int = 8, hidden: int = 40, left: int | None = N
                            q_bias=False, k_bias=False, v_bias=False, out_bias=False, **changes)
     mlp = spec.Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
     return spec.Layer(mixer=mixer, mlp=mlp, norm=spec.RMSNorm())
+
+
+def small(**changes) -> DuplexLM:
+    """Two delays, GQA, weights that steps share, narrow embeddings."""
+    one = layer(left=5, rope=spec.Rope(layout="interleaved"))
+    depth = spec.Depth(stack=spec.Stack(dim=16, layers=(layer(heads=2, hidden=24),) * 2),
+                       weights=(0, 1, 2, 2), rank=8)
+    fields = {"text": spec.TextStream(vocab=20), "stack": spec.Stack(dim=32, layers=(one,) * 2,
+              final_norm=spec.RMSNorm()), "card": 12, "delays": (0, 0, 2, 2, 2, 0, 2), "context": 6, "depth": depth}
+    return redraw(DuplexLM(spec.DuplexSpec(**fields | changes))).eval()
+
+
+def random_codes(model: DuplexLM, batch: int, frames: int) -> Tensor:
+    s = model.spec
+    return torch.cat([torch.randint(s.text.vocab, (batch, 1, frames)),
+                      torch.randint(s.card, (batch, s.codebooks, frames))], 1)
