@@ -179,11 +179,6 @@ class ConvTranspose(Upsampling):
     def reset_parameters(self) -> None:
         reset(self.weight, self.bias, 2 * self.stride * self.outputs)
 
-    @torch.no_grad()
-    def arrange(self) -> None:
-        """The weight transposed in memory: for one or two steps, the product takes two thirds of the time."""
-        self.weight.data = self.weight.permute(2, 0, 1).contiguous().permute(1, 2, 0)
-
     def forward(self, x: Tensor, state: Debt | None = None, rows: Tensor | None = None,
                 valid: Tensor | None = None) -> Tensor:
         parts = linear(F.elu(x), self.weight.flatten(0, 1)).unflatten(-1, (2 * self.stride, self.outputs))

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Literal, Self
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from mm import pretrained
-from mm.arrange import arrange
 from mm.errors import InputError
 from mm.schema import fingerprint
 from mm.spec import attention
@@ -44,20 +42,6 @@ class Mimi(pretrained.Pretrained):
         self.upsample = DepthwiseTranspose(dim, s.stride)
         self.decoder_stack = Transformer(s.decoder)
         self.decoder = build_decoder(s.seanet, dim, PIECE * s.stride)
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None, *, allow_pickle: bool = False) -> Self:
-        """As `Pretrained.from_pretrained`; on a CPU, arranged for streams."""
-        model = super().from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)
-        return model.arrange() if model.downsample.weight.device.type == "cpu" else model
-
-    def arrange(self) -> Self:
-        """Weights in the order in memory in which a CPU streams one row fastest; results differ by rounding."""
-        arrange(self.encoder_stack)
-        arrange(self.decoder_stack)
-        self.decoder.layers[1].arrange()  # the only transposed convolution over so few steps
-        return self
 
     # ------------------------------------------------------------------------------------- encoding
     @torch.no_grad()

@@ -5,21 +5,27 @@ import torch
 import torch.nn.functional as F
 from support import close
 
-from mm.linear import LARGE, FusedLinear, add, faster_in_onednn, linear, multiply
+from mm.linear import LARGE, FusedLinear, add, faster_as_columns, faster_in_onednn, linear, multiply, plain
 
 
-@pytest.mark.parametrize("shape, transposed, fast", [((1, 512), False, False), ((5, 9, 512), False, True),
-                                                     ((2, 0, 512), False, False), ((1, 512), True, False),
-                                                     ((2, 3, 512), True, True), ((64, 512), True, False)])
+@pytest.mark.parametrize("shape, transposed, path", [
+    ((1, 512), False, ""), ((2, 0, 512), False, ""), ((2, 1, 512), False, "columns"), ((2, 3, 512), False, "columns"),
+    ((5, 9, 512), False, "onednn"), ((1, 512), True, ""), ((2, 512), True, ""), ((2, 3, 512), True, "onednn"),
+    ((64, 512), True, "")])
 @pytest.mark.parametrize("bias", [True, False])
-def test_onednn_equals_the_plain_product(shape, transposed, fast, bias):
+def test_every_path_equals_the_plain_product(shape, transposed, path, bias):
     x, weight = torch.randn(shape), torch.randn(LARGE // 512, 512) / 20
     weight = weight.t().contiguous().t() if transposed else weight
     bias = torch.randn(len(weight)) if bias else None
+    rows = x.numel() // 512
     with torch.no_grad():
-        assert faster_in_onednn(x, weight) == fast
-        close(linear(x, weight, bias), F.linear(x, weight, bias))
-        close(linear(x.transpose(0, -2), weight, bias), F.linear(x.transpose(0, -2), weight, bias))
+        assert plain(x, weight) and (rows > 1 and faster_as_columns(rows, weight)) == (path == "columns")
+        assert path == "columns" or (rows > 1 and faster_in_onednn(rows, weight)) == (path == "onednn")
+        wide = torch.stack([x, x], -1)[..., 0]
+        for given in (x, x.transpose(0, -2), wide):
+            out = linear(given, weight, bias)
+            close(out, F.linear(given, weight, bias))
+            assert out.is_contiguous()
 
 
 def test_parts_of_wider_tensors_are_read_where_they_lie():
@@ -31,18 +37,18 @@ def test_parts_of_wider_tensors_are_read_where_they_lie():
 
 def test_gradients_other_dtypes_and_small_weights_take_the_plain_path():
     x, weight = torch.randn(64, 512), torch.randn(512, 512)
-    assert not faster_in_onednn(x, weight)
+    assert not plain(x, weight)
     with torch.inference_mode():
-        assert not faster_in_onednn(x.double(), weight.double())
-        assert not faster_in_onednn(x, weight[:100])
+        assert plain(x, weight) and not plain(x.double(), weight.double())
+        assert not faster_in_onednn(64, weight[:100]) and not faster_as_columns(2, weight[:100])
         with torch.autocast("cpu", torch.bfloat16):
-            assert not faster_in_onednn(x, weight)
+            assert not plain(x, weight)
 
 
-@pytest.mark.parametrize("f, plain", [(add, torch.add), (multiply, torch.mul)])
-def test_results_take_the_memory_that_is_given_away_unless_a_gradient_needs_it(f, plain):
+@pytest.mark.parametrize("f, usual", [(add, torch.add), (multiply, torch.mul)])
+def test_results_take_the_memory_that_is_given_away_unless_a_gradient_needs_it(f, usual):
     x, y = torch.randn(3, 4), torch.randn(3, 4)
-    expected, kept = plain(x, y), x.clone()
+    expected, kept = usual(x, y), x.clone()
     assert f(x, y).data_ptr() != x.data_ptr() and torch.equal(x, kept)
     with torch.no_grad():
         assert f(x.bfloat16(), y).dtype == torch.float32
