@@ -5,6 +5,7 @@ from mm.lazy import lazy
 __version__ = "0.1.0"
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
+    "CSM": "mm.csm",
     "DuplexLM": "mm.duplex",
     "TextDecoder": "mm.decoder",
     "TextEncoder": "mm.encoder",

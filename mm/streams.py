@@ -63,8 +63,8 @@ class CodeTables(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
 
     def rows(self, codes: Tensor) -> Tensor:
-        """Rows of all tables as one: codes (..., S) -> (..., S)."""
-        first = torch.arange(self.weight.shape[0], device=codes.device) * self.weight.shape[1]
+        """Rows of all tables as one: codes (..., S) of the first S streams -> (..., S)."""
+        first = torch.arange(codes.shape[-1], device=codes.device) * self.weight.shape[1]
         return codes.clamp(min=0) + first
 
     def forward(self, codes: Tensor) -> Tensor:

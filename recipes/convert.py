@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
-from .models import is_language, open_any
+from .models import is_language, open_any, speaks
 from .weights import SHIPPED
 
 if TYPE_CHECKING:
@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from mm.pretrained import Pretrained
 
 SHARD_BYTES = 5 * 2**30
-OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states"}
-LAYOUTS = ("hf", "open_clip", "timm", "mm")
+OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states", "duplex": "logits", "csm": "logits"}
+LAYOUTS = ("hf", "open_clip", "timm", "kyutai", "mm")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 
@@ -29,7 +29,8 @@ SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 def convert(argv: list[str]) -> int:
     """The command: writes DST, says what is in it."""
     parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a checkpoint for another library: "
-                                     "transformers and vLLM (hf), open_clip, timm, or this package (mm).")
+                                     "transformers and vLLM (hf), open_clip, timm, moshi (kyutai), or this package "
+                                     "(mm).")
     parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, a hub name, or a "
                         ".gguf or llama2.c file")
     parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
@@ -117,7 +118,7 @@ def output_gap(model: Pretrained, again: Pretrained) -> float:
 
 
 def outputs(model: Pretrained) -> tuple[Tensor, ...]:
-    """What a model makes of one random picture and one random text."""
+    """What a model makes of one random picture and one random text, or of random codes."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -129,6 +130,12 @@ def outputs(model: Pretrained) -> tuple[Tensor, ...]:
         return (model(*[ids(spec.decoder.embed.vocab, 24)] * 2),)
     if is_language(model):
         return (model(ids(spec.embed.vocab, min(spec.context, 64))),)
+    if speaks(model):
+        streams = spec.codebooks if model.kind == "duplex" else spec.depth.codebooks
+        codes = torch.cat([ids(spec.text.vocab if model.kind == "duplex" else spec.text_vocab, 16).unsqueeze(1),
+                           ids(spec.card, 16 * streams).view(1, streams, 16)], 1)
+        made = model(codes)
+        return tuple(x.nan_to_num() for x in (made if model.kind == "duplex" else (made,)) if x.numel())
     image = spec if model.kind == "vit" else spec.image
     pixels = torch.randn(1, image.channels, *image.image, generator=draw)
     return (model.encode(pixels),) if model.kind == "vit" else model(pixels, ids(spec.text.vocab, spec.text.context))

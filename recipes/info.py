@@ -9,9 +9,11 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .info_speech import count_parameters as speech_parameters
+from .info_speech import speech_facts, speech_sentences
 from .info_text import count_parameters as language_parameters
 from .info_text import language_facts, language_sentences
-from .models import is_language, open_any
+from .models import is_language, open_any, speaks
 from .weights import SHIPPED
 
 if TYPE_CHECKING:
@@ -33,7 +35,7 @@ def info(argv: list[str]) -> int:
     """The command: a table on stdout, or JSON."""
     parser = argparse.ArgumentParser(prog="mm info", description="What a checkpoint is: family, parameters per part, "
                                      "memory, FLOPs per picture and text, preprocessing, tokenizer; of a language "
-                                     "model its context and the memory of its cache.")
+                                     "model its context and the memory of its cache; of a duplex model its streams.")
     parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, a hub name, a .gguf or llama2.c "
                         "file")
     parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
@@ -51,13 +53,16 @@ def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
     model = open_any(SHIPPED[name]() if name in SHIPPED else name, allow_pickle=allow_pickle)
-    counts = language_parameters(model) if is_language(model) else count_parameters(model)
+    count = language_parameters if is_language(model) else speech_parameters if speaks(model) else count_parameters
+    counts = count(model)
     total = sum(counts.values())
     about = {"model": str(name), "family": model.families.names[model.kind], "layout": layout_of(name, model),
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
              "bytes": {"float32": 4 * total, "bfloat16": 2 * total}}
     if is_language(model):
         return about | language_facts(model)
+    if speaks(model):
+        return about | speech_facts(model)
     return about | tower_facts(model) | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
                                          "flops": count_flops(model.to("meta").requires_grad_(False))}
 
@@ -140,7 +145,7 @@ def show(report: dict[str, Any]) -> None:
         column.justify = "right"
     for part, count in report["parameters"].items():
         counts.add_row(part, f"{count:,}", f"{count / report['parameters']['total']:.1%}")
-    told = language_sentences if "context" in report else sentences
+    told = speech_sentences if "streams" in report else language_sentences if "context" in report else sentences
     for name, sentence in (memory(report) | told(report)).items():
         facts.add_row(name, sentence)
     console = Console(highlight=False)

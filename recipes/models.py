@@ -9,22 +9,33 @@ if TYPE_CHECKING:
     from mm.pretrained import Pretrained
 
 LANGUAGE = {"decoder": "TextDecoder", "encoder": "TextEncoder", "seq2seq": "Seq2Seq"}
+SPEECH = {"duplex": "DuplexLM", "csm": "CSM"}
 
 
 def open_any(name: str | Path, *, allow_pickle: bool = False) -> Pretrained:
-    """A language model (a directory, a hub name, a .gguf or llama2.c file), a CLIP or a ViT. Raises InputError."""
+    """A language model (a directory, a hub name, a .gguf or llama2.c file), a duplex model (or a .safetensors file of
+    Moshi's), a CLIP or a ViT. Raises InputError."""
     import mm
     from mm import checkpoint
     from mm.families import FAMILIES
+    from mm.families.duplex import FAMILIES as SPEAKING
 
     from ..encoders.any import open_model
 
     path = Path(name).expanduser()
-    kind = "decoder" if path.is_file() else FAMILIES.kind_of(checkpoint.resolve(name, (checkpoint.CONFIG,)))
+    if path.is_file():
+        kind = "duplex" if path.suffix == ".safetensors" else "decoder"
+    else:
+        folder = checkpoint.resolve(name, (checkpoint.CONFIG,))
+        kind = FAMILIES.kind_of(folder) or SPEAKING.kind_of(folder)
     if kind is None:
         return open_model(name, allow_pickle=allow_pickle)
-    return getattr(mm, LANGUAGE[kind]).from_pretrained(name, allow_pickle=allow_pickle)
+    return getattr(mm, (LANGUAGE | SPEECH)[kind]).from_pretrained(name, allow_pickle=allow_pickle)
 
 
 def is_language(model: Pretrained) -> bool:
     return model.kind in LANGUAGE
+
+
+def speaks(model: Pretrained) -> bool:
+    return model.kind in SPEECH

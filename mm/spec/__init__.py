@@ -4,7 +4,7 @@ Every spec checks itself when it is made and goes through JSON and back (`mm.sch
 """
 
 # ruff: noqa: F401
-from mm.spec.duplex import Choice, Condition, Conditioning, Depth, DuplexSpec, TextStream, Vectors
+from mm.spec.duplex import Choice, Condition, Conditioning, CSMSpec, Depth, DuplexSpec, TextStream, Vectors
 from mm.spec.encoders import Dense, EncoderSpec, SentencePooling
 from mm.spec.language import DecoderSpec, Embed, LearnedTable, LMHead, Transform
 from mm.spec.mixers import Attention, Differential, Latent, QKNorm, Temperature

@@ -170,3 +170,23 @@ class DuplexSpec:
     def lag(self) -> int:
         """Frames until all streams of a frame are known."""
         return max(self.delays)
+
+
+@spec
+class CSMSpec:
+    """Sesame's CSM: frames of text or of one voice's codes below `card`, without delays. The depth stack reads what the
+    temporal stack made of the frames before, then the frame's codes, all steps with one set of weights. A frame of
+    nothing but `end` ends a text's audio."""
+
+    text_vocab: int
+    stack: Stack
+    card: int
+    depth: Depth
+    context: int
+    end: int = 0
+
+    def __post_init__(self) -> None:
+        require(min(self.text_vocab, self.card, self.context) > 0, "CSMSpec.text_vocab, card and context are positive")
+        require(self.depth.codebooks > 1 and self.depth.sets == 1 and self.depth.rank is None,
+                "CSMSpec.depth has at least two codebooks, one set of weights and no rank")
+        require(0 <= self.end < self.card, f"CSMSpec.end must be a code below {self.card}")

@@ -25,7 +25,8 @@ def values(kind):
         return st.one_of(*map(values, inner))
     if dataclasses.is_dataclass(kind):
         return specs(kind)
-    plain = {int: st.integers(1, 64), bool: st.booleans(), float: st.integers(1, 9) | st.floats(0.01, 0.99)}
+    plain = {int: st.integers(1, 64), bool: st.booleans(), float: st.integers(1, 9) | st.floats(0.01, 0.99),
+             str: st.sampled_from(["one", "two"])}
     return plain.get(kind, st.none())
 
 
@@ -52,10 +53,12 @@ DEPTH_LAYER = spec.Layer(mixer=spec.Attention(heads=4, kv_heads=2, head_dim=8, s
                                               k_bias=False, v_bias=False, out_bias=False),
                          mlp=spec.Mlp(hidden=8, gated=True, up_bias=False, down_bias=False))
 DEPTH = spec.Depth(stack=spec.Stack(dim=8, layers=(DEPTH_LAYER,)), weights=(0, 1, 1))
+VOICE = spec.Condition(name="voice", of=spec.Vectors(dim=4), into="prepend")
 REPLACEMENTS = {
     spec.Depth: DEPTH, spec.TextStream: spec.TextStream(vocab=9), spec.Choice: spec.Choice(bins=4, dim=2),
-    spec.Conditioning: spec.Conditioning(conditions=(
-        spec.Condition(name="voice", of=spec.Vectors(dim=4), into="prepend"),)),
+    spec.Conditioning: spec.Conditioning(conditions=(VOICE,)),
+    spec.CSMSpec: spec.CSMSpec(text_vocab=9, stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)), card=4,
+                               depth=spec.Depth(stack=DEPTH.stack, weights=(0, 0)), context=5),
     spec.DuplexSpec: spec.DuplexSpec(text=spec.TextStream(vocab=9), card=8, context=5, delays=(0, 1, 2, 0), depth=DEPTH,
                                      stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),))),
     spec.Sight: spec.CAUSAL, spec.Buckets: spec.Buckets(), spec.Rope: spec.Rope(), spec.Mlp: spec.Mlp(hidden=8),

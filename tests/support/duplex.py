@@ -138,12 +138,15 @@ def pair(shape: str, folder: Path) -> tuple[nn.Module, DuplexLM, dict[str, Any]]
     return theirs, DuplexLM.from_pretrained(write(theirs, config, folder)), config
 
 
+NORM = spec.RMSNorm(eps=1e-8, order="scale_then_cast")
+
+
 def layer(heads: int = 4, width: int = 8, hidden: int = 40, left: int | None = None, **changes: Any) -> spec.Layer:
     """A layer as Moshi's are, with grouped queries."""
     mixer = spec.Attention(heads=heads, kv_heads=heads // 2, head_dim=width, sight=spec.Sight(left=left, right=0),
                            q_bias=False, k_bias=False, v_bias=False, out_bias=False, **changes)
     mlp = spec.Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
-    return spec.Layer(mixer=mixer, mlp=mlp, norm=spec.RMSNorm())
+    return spec.Layer(mixer=mixer, mlp=mlp, norm=NORM)
 
 
 def small(**changes) -> DuplexLM:
@@ -152,7 +155,7 @@ def small(**changes) -> DuplexLM:
     depth = spec.Depth(stack=spec.Stack(dim=16, layers=(layer(heads=2, hidden=24),) * 2),
                        weights=(0, 1, 2, 2), rank=8)
     fields = {"text": spec.TextStream(vocab=20), "stack": spec.Stack(dim=32, layers=(one,) * 2,
-              final_norm=spec.RMSNorm()), "card": 12, "delays": (0, 0, 2, 2, 2, 0, 2), "context": 6, "depth": depth}
+              final_norm=NORM), "card": 12, "delays": (0, 0, 2, 2, 2, 0, 2), "context": 6, "depth": depth}
     return redraw(DuplexLM(spec.DuplexSpec(**fields | changes))).eval()
 
 

@@ -1,0 +1,57 @@
+"""`mm info` and `mm convert` of models that speak."""
+
+import json
+
+import duplex
+import pytest
+import torch
+
+from mm import DuplexLM
+from mm.errors import InputError
+from mm.families.moshi import OFFICIAL, to_spec
+from mm.recipes.cli import main
+from mm.recipes.info_speech import count_parameters
+
+
+@torch.no_grad()
+def test_moshis_published_size():
+    """7.688 billion parameters, of which the depth transformer's layers have 616.6 million."""
+    with torch.device("meta"):
+        counts = count_parameters(DuplexLM(to_spec(OFFICIAL, "test")))
+    assert sum(counts.values()) == 7_687_729_152
+    assert counts["temporal layers"] == 6_576_934_912 and counts["depth layers"] == 616_574_976
+
+
+@pytest.fixture
+def saved(tmp_path):
+    model = duplex.small(delays=(0, 0, 1, 1, 1, 0, 1, 1, 1), depth=None, context=6)
+    model.save_pretrained(tmp_path / "stt", layout="kyutai")
+    duplex.small(extra=(3, 2)).save_pretrained(tmp_path / "duplex")
+    return tmp_path
+
+
+def test_a_report(saved, capsys):
+    assert main(["info", str(saved / "duplex"), "--json"]) == 0
+    report = json.loads(capsys.readouterr().out)
+    assert (report["family"], report["layout"]) == ("duplex model", "mm")
+    assert report["streams"] == {"own": 4, "heard": 2, "delays": [0, 0, 2, 2, 2, 0, 2]}
+    assert report["session_bytes"] == 2 * 2 * 2 * 7 * 8 * 4  # layers, keys and values, heads, slots, width, bytes
+    assert main(["info", str(saved / "stt")]) == 0
+    told = capsys.readouterr().out
+    assert "0 codebooks said, 8 heard" in told and "kyutai layout" in told
+
+
+def test_layouts(saved, capsys):
+    assert main(["convert", str(saved / "duplex"), str(saved / "kyutai"), "--to", "kyutai"]) == 2
+    assert "cannot hold this model" in capsys.readouterr().err
+    assert main(["convert", str(saved / "stt"), str(saved / "mm"), "--to", "mm"]) == 0
+    assert DuplexLM.from_pretrained(saved / "mm").fingerprint() == DuplexLM.from_pretrained(
+        saved / "stt").fingerprint()
+
+
+def test_a_file_that_is_no_moshi_is_named(tmp_path):
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, tmp_path / "x.safetensors")
+    with pytest.raises(InputError, match="does not hold a Moshi"):
+        DuplexLM.from_pretrained(tmp_path / "x.safetensors")
