@@ -3,11 +3,11 @@
 import dataclasses
 import json
 import math
-import warnings
 
 import pytest
 import torch
-from support import close, redraw
+from support import close
+from timm_models import SMALL, references, reopened
 
 from mm.encoders import ViT
 from mm.encoders.families import FAMILIES
@@ -20,7 +20,6 @@ from mm.spec import Axial, LayerNorm, Mixed, RMSNorm, Rope
 
 timm = pytest.importorskip("timm")
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "dynamic_img_size": True}
 REFERENCE = {"ref_feat_shape": (3, 5)}  # neither square nor the grid at hand
 KINDS = {
     "eva02 small": ("eva02_tiny_patch14_336", REFERENCE | {"num_classes": 7}),
@@ -44,34 +43,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """timm's model of a kind, its directory, and ours read from there; each is made once."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            torch.manual_seed(0)
-            architecture, changes = KINDS[kind]
-            folder = tmp_path_factory.mktemp("theirs")
-            made[kind] = write(architecture, changes, folder), folder, ViT.from_pretrained(folder)
-        return made[kind]
-    return make
-
-
-def write(architecture, changes, folder):
-    """A timm model with re-drawn weights, and its directory as timm writes it."""
-    model = redraw(timm.create_model(architecture, pretrained=False, **SMALL | changes))
-    with torch.no_grad():
-        model.patch_embed.proj.weight.mul_(0.2)
-    timm.models.save_for_hf(model, folder, model_args=SMALL | changes, safe_serialization=True)
-    return model
-
-
-def reopened(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+theirs = references(KINDS, SMALL, 0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

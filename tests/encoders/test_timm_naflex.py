@@ -1,13 +1,13 @@
 """timm's NaFlexVit in both directions: pictures of several aspects in one batch, every kind of position and pool."""
 
 import json
-import warnings
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from support import close, redraw
+from timm_models import references, reopened
 
 from mm.encoders import ViT
 from mm.encoders.flex import Flex, FlexPreprocess, flex_batch
@@ -45,27 +45,7 @@ KINDS = {
 SIZES = ((32, 32), (40, 24), (16, 56), (24, 40))  # pixels: the table's own grid, odd ones, a strip
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """timm's model of a kind, its directory, and ours read from there; each is made once."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            torch.manual_seed(0)
-            architecture, changes = KINDS[kind]
-            folder = tmp_path_factory.mktemp("theirs")
-            model = redraw(timm.create_model(architecture, pretrained=False, **SMALL | changes))
-            timm.models.save_for_hf(model, folder, model_args=SMALL | changes, safe_serialization=True)
-            made[kind] = model, folder, ViT.from_pretrained(folder)
-        return made[kind]
-    return make
-
-
-def reopened(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+theirs = references(KINDS, SMALL)
 
 
 def pictures(spec, seed=0):

@@ -1,11 +1,11 @@
 """timm's VisionTransformer in both directions: augreg, CLIP, SigLIP, DeiT, DINOv2, at several sizes."""
 
 import json
-import warnings
 
 import pytest
 import torch
 from support import close, redraw
+from timm_models import SMALL, references, reopened
 
 from mm.encoders import ViT
 from mm.encoders.families.timm_common import blueprint
@@ -16,7 +16,6 @@ from mm.errors import InputError
 
 timm = pytest.importorskip("timm")
 
-SMALL = {"img_size": 32, "patch_size": 8, "embed_dim": 64, "depth": 2, "num_heads": 4, "dynamic_img_size": True}
 KINDS = {
     "augreg": ("vit_base_patch16_224", {"num_classes": 7}),
     "augreg features": ("vit_base_patch16_224", {"num_classes": 0}),
@@ -45,29 +44,7 @@ KINDS = {
 }
 
 
-@pytest.fixture(scope="module")
-def theirs(tmp_path_factory):
-    """timm's model of a kind, its directory, and ours read from there; each is made once."""
-    made = {}
-
-    def make(kind):
-        if kind not in made:
-            torch.manual_seed(0)
-            architecture, changes = KINDS[kind]
-            folder = tmp_path_factory.mktemp("theirs")
-            model = redraw(timm.create_model(architecture, pretrained=False, **SMALL | changes))
-            with torch.no_grad():
-                model.patch_embed.proj.weight.mul_(0.2)
-            timm.models.save_for_hf(model, folder, model_args=SMALL | changes, safe_serialization=True)
-            made[kind] = model, folder, ViT.from_pretrained(folder)
-        return made[kind]
-    return make
-
-
-def reopened(folder):
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return timm.create_model(f"local-dir:{folder}", pretrained=True).eval()
+theirs = references(KINDS, SMALL, 0.2)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -15,7 +13,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
-from runs import options, shapes, train, weights
+from runs import CLIP_RUNS, options, shapes, train
+from trial import same_weights, weights
 
 from mm.encoders import CLIP
 from mm.errors import InputError
@@ -44,22 +43,13 @@ def data(tmp_path_factory) -> Path:
 def test_a_killed_run_goes_on_bit_for_bit(data, tmp_path):
     val = ["--data.val", str(data / "pairs.csv"), "--trainer.max_steps", "160"]
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "mm.recipes.cli", "train", "clip", *options(data, out, *val)]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (out / "last.ckpt").exists() or len((out / "train.csv").read_text().splitlines()) % 10 < 4:
-        assert run.poll() is None, run.stderr.read().decode()
-        time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < 160 and not (out / "model").exists()
+    assert 0 < CLIP_RUNS.kill(data, out, *val) < 160 and not (out / "model").exists()
     train(data, out, *val)
     whole = train(data, tmp_path / "whole", *val)
     for name in ("train.csv", "validation.csv"):
         assert (out / name).read_text() == (whole / name).read_text()
     assert len(read_log(out / "train.csv")["loss"]) == 160
-    killed, uncut = weights(out), weights(whole)
-    assert all(torch.equal(killed[name], uncut[name]) for name in uncut)
+    assert same_weights(out, whole)
     assert json.loads((out / "metrics.json").read_text())["validation"]["i2t R@1"] > 50
 
 

@@ -4,16 +4,15 @@ across a kill."""
 from __future__ import annotations
 
 import json
-import signal
 import subprocess
 import sys
-import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from runs import options, shapes, train, weights
+from runs import CLIP_RUNS, options, shapes, train
+from trial import same_weights, weights
 
 from mm.encoders import CLIP
 from mm.errors import InputError
@@ -68,19 +67,11 @@ def gradients(recipe: ClipRecipe, batch: Batch, seeds: list[int] | None = None) 
 def test_a_killed_run_with_everything_on_goes_on_bit_for_bit(data, model, tmp_path):
     more = ["--model", str(model), "--trainer.max_steps", "80", *EVERYTHING]
     out = tmp_path / "killed"
-    command = [sys.executable, "-m", "mm.recipes.cli", "train", "clip", *options(data, out, *more)]
-    run = subprocess.Popen(command, stderr=subprocess.PIPE)
-    while not (out / "last.ckpt").exists() or len((out / "train.csv").read_text().splitlines()) % 10 < 4:
-        assert run.poll() is None, run.stderr.read().decode()
-        time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert 0 < torch.load(out / "last.ckpt", weights_only=True)["global_step"] < 80
+    assert 0 < CLIP_RUNS.kill(data, out, *more) < 80
     train(data, out, *more)
     whole = train(data, tmp_path / "whole", *more)
     assert (out / "train.csv").read_text() == (whole / "train.csv").read_text()
-    killed, uncut = weights(out), weights(whole)
-    assert all(torch.equal(killed[name], uncut[name]) for name in uncut)
+    assert same_weights(out, whole)
     log = read_log(out / "train.csv")
     assert len(log["loss"]) == 80 and sum(log["loss"][-10:]) < sum(log["loss"][:10])
     clip = CLIP.from_pretrained(out / "model")

@@ -9,14 +9,11 @@ import math
 import os
 import resource
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from trial import Trial, same_weights, weights
 
 from mm import TextDecoder
 from mm.balance import balance_loss, z_loss
@@ -25,10 +22,8 @@ from mm.errors import InputError
 from mm.recipes import cli
 from mm.recipes.data.corruption import SpanBatch
 from mm.recipes.data.lm_batch import NONE, LmBatch
-from mm.recipes.train.command import parse
-from mm.recipes.train.fit_lm import fit
 from mm.recipes.train.lm import LmRecipe, losses
-from mm.recipes.train.lm_settings import LmExperts, LmJob, LmLoss, LmOptim, LmShape
+from mm.recipes.train.lm_settings import LmExperts, LmLoss, LmOptim, LmShape
 from mm.recipes.train.lm_start import new_decoder, new_encoder, new_seq2seq
 from mm.recipes.train.optim import rate
 from mm.recipes.train.run import WholeFiles, read_log
@@ -43,6 +38,8 @@ loss: {z_loss: 0.0001}
 optim: {kind: muon, lr: 0.01, warmup: 5, ema: 0.9, schedule: wsd}
 trainer: {max_steps: 40, save: 10, evaluate: 20, log: 5, threads: 1, accelerator: cpu}
 """
+RUNS = Trial("lm", "texts.txt")
+options, train = RUNS.options, RUNS.train
 ANIMALS = ("cat", "dog", "hen", "cow", "pig")
 
 
@@ -59,22 +56,9 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def options(data: Path, out: Path, *more: str) -> list[str]:
-    return ["--config", str(data / "config.yaml"), "--data.path", str(data / "texts.txt"), "--out", str(out), *more]
-
-
-def train(data: Path, out: Path, *more: str) -> Path:
-    fit(parse(LmJob, "mm train lm", options(data, out, *more)))
-    return out
-
-
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     return train(data, tmp_path_factory.mktemp("runs") / "whole", "--trainer.max_steps", "60")
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
 
 
 def rows(path: Path) -> list[dict[str, str]]:
@@ -88,19 +72,12 @@ def same(out: Path, whole: Path) -> None:
     """Both runs had the same steps and made the same model."""
     assert rows(out / "train.csv") == rows(whole / "train.csv") and len(rows(out / "train.csv")) == 60
     assert (out / "validation.csv").read_text() == (whole / "validation.csv").read_text()
-    assert all(torch.equal(value, weights(whole)[name]) for name, value in weights(out).items())
+    assert same_weights(out, whole)
 
 
 def test_a_killed_run_goes_on_bit_for_bit(data, whole, tmp_path):
     out = tmp_path / "killed"
-    argv = options(data, out, "--trainer.max_steps", "60")
-    run = subprocess.Popen([sys.executable, "-m", "mm.recipes.cli", "train", "lm", *argv], stderr=subprocess.PIPE)
-    while not (out / "last.ckpt").exists() or len((out / "train.csv").read_text().splitlines()) % 10 < 4:
-        assert run.poll() is None, run.stderr.read().decode()
-        time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    assert 0 < torch.load(out / "last.ckpt", weights_only=True)["global_step"] < 60 and not (out / "model").exists()
+    assert 0 < RUNS.kill(data, out, "--trainer.max_steps", "60") < 60 and not (out / "model").exists()
     train(data, out, "--trainer.max_steps", "60")
     same(out, whole)
 

@@ -6,11 +6,7 @@ import csv
 import io
 import json
 import math
-import signal
-import subprocess
-import sys
 import tarfile
-import time
 from pathlib import Path
 
 import numpy as np
@@ -18,8 +14,8 @@ import pytest
 import timm
 import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
 from timm.optim import param_groups_layer_decay
+from trial import Trial, same_weights, weights
 
 from mm.encoders import CLIP, ViT
 from mm.encoders.image import Preprocess
@@ -30,17 +26,18 @@ from mm.recipes.data.classes import ClassBatches, changes, seeded
 from mm.recipes.data.features import features
 from mm.recipes.data.labelled import read_labelled
 from mm.recipes.data.sampler import Order
-from mm.recipes.train.command import parse
 from mm.recipes.train.confusion import confusion, most_confused, write_table
-from mm.recipes.train.fit_vit import fit, measures
+from mm.recipes.train.fit_vit import measures
 from mm.recipes.train.optim import adamw, layer_share
 from mm.recipes.train.run import read_log
 from mm.recipes.train.settings import ImageTower, Optim, Shape, TextTower
 from mm.recipes.train.shape import new_clip
 from mm.recipes.train.vit import VitRecipe
-from mm.recipes.train.vit_settings import VitJob, VitOptim, VitShape
+from mm.recipes.train.vit_settings import VitOptim, VitShape
 from mm.recipes.train.vit_start import new_spec, with_drop_path
 
+RUNS = Trial("vit", "set")
+options, train = RUNS.options, RUNS.train
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (30, 60, 220), "black": (10, 10, 10)}
 CONFIG = """
 shape: {patch: 8, width: 32, depth: 2, heads: 2}
@@ -71,42 +68,20 @@ def data(tmp_path_factory) -> Path:
     return folder
 
 
-def options(data: Path, out: Path, *more: str) -> list[str]:
-    return ["--config", str(data / "config.yaml"), "--data.path", str(data / "set"), "--out", str(out), *more]
-
-
-def train(data: Path, out: Path, *more: str) -> Path:
-    fit(parse(VitJob, "mm train vit", options(data, out, *more)))
-    return out
-
-
 @pytest.fixture(scope="module")
 def whole(data, tmp_path_factory) -> Path:
     return train(data, tmp_path_factory.mktemp("runs") / "whole", "--trainer.max_steps", "100")
 
 
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
-
-
 # ------------------------------------------------------------------------------------------------- runs
 def test_a_killed_run_goes_on_bit_for_bit(data, whole, tmp_path):
     out = tmp_path / "killed"
-    argv = options(data, out, "--trainer.max_steps", "100")
-    run = subprocess.Popen([sys.executable, "-m", "mm.recipes.cli", "train", "vit", *argv], stderr=subprocess.PIPE)
-    while not (out / "last.ckpt").exists() or len((out / "train.csv").read_text().splitlines()) % 10 < 4:
-        assert run.poll() is None, run.stderr.read().decode()
-        time.sleep(0.001)
-    run.send_signal(signal.SIGKILL)
-    run.wait()
-    step = torch.load(out / "last.ckpt", weights_only=True)["global_step"]
-    assert 0 < step < 100 and not (out / "model").exists()
+    assert 0 < RUNS.kill(data, out, "--trainer.max_steps", "100") < 100 and not (out / "model").exists()
     train(data, out, "--trainer.max_steps", "100")
     for name in ("train.csv", "validation.csv", "confusion.csv"):
         assert (out / name).read_text() == (whole / name).read_text()
     assert len(read_log(out / "train.csv")["loss"]) == 100
-    killed, uncut = weights(out), weights(whole)
-    assert all(torch.equal(killed[name], uncut[name]) for name in uncut)
+    assert same_weights(out, whole)
 
 
 def test_a_run_learns_and_leaves_metrics_a_confusion_matrix_and_a_model(data, whole):

@@ -5,13 +5,8 @@ from __future__ import annotations
 import csv
 from pathlib import Path
 
-import torch
 from PIL import Image, ImageDraw
-from safetensors.torch import load_file
-
-from mm.recipes.train.command import parse
-from mm.recipes.train.fit_clip import fit
-from mm.recipes.train.settings import ClipJob
+from trial import Trial
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (30, 60, 220), "black": (10, 10, 10)}
 SHAPES = {"circle": "ellipse", "square": "rectangle"}
@@ -42,14 +37,5 @@ def shapes(folder: Path) -> Path:
     return folder
 
 
-def options(data: Path, out: Path, *more: str) -> list[str]:
-    return ["--config", str(data / "config.yaml"), "--data.path", str(data / "pairs.csv"), "--out", str(out), *more]
-
-
-def train(data: Path, out: Path, *more: str) -> Path:
-    fit(parse(ClipJob, "mm train clip", options(data, out, *more)))
-    return out
-
-
-def weights(out: Path) -> dict[str, torch.Tensor]:
-    return load_file(out / "model" / "model.safetensors")
+CLIP_RUNS = Trial("clip", "pairs.csv")
+options, train = CLIP_RUNS.options, CLIP_RUNS.train
