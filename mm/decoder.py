@@ -54,19 +54,21 @@ class TextDecoder(Pretrained):
     def hidden(self, ids: Tensor | None = None, *, embeddings: Tensor | None = None, positions: Tensor | None = None,
                documents: Tensor | None = None, mask: Tensor | None = None, state: StackState | None = None,
                rows: Tensor | None = None, memory: Tensor | Memory | None = None,
-               routes: list[Route] | None = None) -> Tensor:
+               routes: list[Route] | None = None, within: int | None = None) -> Tensor:
         """(B, T, D) after the final norm.
 
         embeddings: (B, T, D) in place of ids (`embed.look_up` makes those of text). positions: (B, T), -1 for padding,
         or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
         which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
         rows: (B,) bool, those that advance. memory: (B, S, M) of an encoder, or `remember` of it, once for many steps.
-        routes: a list that gets the route of every mixture of experts (`mm.balance`). Raises InputError on wrong shapes
-        or dtypes; values are not read.
+        routes: a list that gets the route of every mixture of experts (`mm.balance`). within: a bound that the caller
+        knows of all positions in the state and the call, so that no more is looked at. Raises InputError on wrong
+        shapes or dtypes; values are not read.
         """
         shape = self.check(ids, embeddings, positions, documents, mask)
-        at = self.where(shape, positions, documents, mask, state, rows)
-        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows, memory=memory, routes=routes)
+        at = self.where(shape, positions, documents, mask, state, within)
+        return self.stack(self.embed(ids, at, embeddings), at, state=state, rows=rows, memory=memory, routes=routes,
+                          within=within)
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., D) after the final norm -> (..., V)."""
@@ -76,7 +78,7 @@ class TextDecoder(Pretrained):
                    documents: Tensor | None = None, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
         """What head k = 1, 2, ... makes of ids (B, T) and what `hidden` made of them, called with the same arguments:
         (hidden (B, T - k, D), rows that exist (B, T - k) bool). `logits` of row t are for the token at t + k + 1."""
-        at = self.where(self.check(ids, None, positions, documents, mask), positions, documents, mask, None, None)
+        at = self.where(self.check(ids, None, positions, documents, mask), positions, documents, mask)
         return look_ahead(self.ahead, self.embed, ids, hidden, at)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
@@ -86,16 +88,19 @@ class TextDecoder(Pretrained):
         return self.stack.init_state(batch, length=length, chunk=chunk, dtype=dtype, device=device, cache=cache)
 
     def where(self, shape: tuple[int, int], positions: Tensor | None, documents: Tensor | None, mask: Tensor | None,
-              state: StackState | None, rows: Tensor | None) -> At:
-        """Where the tokens of a call are."""
+              state: StackState | None = None, within: int | None = None) -> At:
+        """Where the tokens of a call are; T of them below position T begin their rows."""
         device = self.embed.tokens.weight.device
         coords = positions if positions is not None and positions.ndim == 3 else None
         flat = None if coords is not None else positions
         if flat is not None:
             return At(flat, document=documents)
-        if state is not None:
-            steps = torch.arange(shape[1], device=device).expand(shape) if mask is None else padded(mask).position
+        if state is not None and mask is not None:
+            steps = padded(mask).position
             return At(torch.where(steps < 0, steps, state.offset[:, None] + steps), documents, coords=coords)
+        if state is not None and (within != shape[1] or documents is not None):
+            steps = torch.arange(shape[1], device=device)
+            return At(state.offset[:, None] + steps, documents, coords=coords, whole=True)
         if documents is not None:
             at = packed(documents)
             return At(at.position, documents, coords=coords)

@@ -61,20 +61,22 @@ class Prefix:
 
 @dataclass
 class Filling:
-    """Rows whose prompts are being read, in a state of their own: padded (n, T) of what is left of each. `hidden` holds
-    what was made of each chunk, for a proposer."""
+    """Rows whose prompts are being read, in a state of their own: padded (n, T) of what is left of each behind at most
+    `skipped` tokens of a prefix. `hidden` holds what was made of each chunk, for a proposer."""
 
     slots: list[int]
     state: StackState
     ids: Tensor
-    lengths: Tensor
+    lengths: list[int]
+    skipped: int
     done: int = 0
     hidden: list[Tensor] = field(default_factory=list)
 
 
 class Engine:
     """Rows of a decoder: `submit` puts a prompt in line, `step` reads a chunk of waiting prompts and makes the next
-    token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step.
+    token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step, four times as
+    many while no row waits for its next one, where no layer has a window.
 
     eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
     one step; texts do not depend on it. compiled: run the decode step through torch.compile, and on a GPU as a CUDA
@@ -105,7 +107,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.filling: Filling | None = None
         self.settings = controls([GREEDY] * slots, self.device)
-        self.decode = torch.compile(self.plain_step, dynamic=False) if compiled else self.plain_step
+        self.decode = torch.compile(self.plain_step, dynamic=False) if compiled else self.eager_step
         if compiled and self.device.type == "cuda":
             self.decode = Replay(self.decode)
 
@@ -173,20 +175,29 @@ class Engine:
             self.admit()
         if self.filling is not None:
             self.fill()
-        running = [i for i, row in enumerate(self.rows) if row is not None and row.out]
-        if not running:
+        here = [i for i, row in enumerate(self.rows) if running(row)]
+        if not here:
             return
         if self.proposer is None:
             tokens = [[token] for token in self.decode().tolist()]
         else:
-            tokens = self.verify(self.proposer.propose([row.ids if row and row.out else None for row in self.rows],
+            tokens = self.verify(self.proposer.propose([row.ids if running(row) else None for row in self.rows],
                                                        self.settings))
-        for i in running:
+        for i in here:
             self.accept(i, tokens[i])
 
-    def plain_step(self) -> Tensor:
-        """One token of every row (B,): static shapes and nothing read back."""
-        hidden = self.model.hidden(self.token[:, None], state=self.state, rows=self.active, memory=self.memory)
+    def eager_step(self) -> Tensor:
+        """`plain_step` with what is known of the rows: whether all of them run, and how far they reach."""
+        return self.plain_step(all(map(running, self.rows)), self.reach())
+
+    def reach(self, more: int = 0) -> int:
+        """A bound of all positions of the running rows, with `more` tokens in each."""
+        return min(self.length, max(len(row.prompt) + len(row.out) for row in self.rows if running(row)) + more)
+
+    def plain_step(self, all_run: bool = False, within: int | None = None) -> Tensor:
+        """One token of every row (B,): nothing read back, and by default static shapes."""
+        rows = None if all_run else self.active
+        hidden = self.model.hidden(self.token[:, None], state=self.state, rows=rows, memory=self.memory, within=within)
         token = choose(self.model.logits(hidden)[:, 0], self.settings, self.state.offset, self.seen)
         self.token.copy_(torch.where(self.active, token, self.token))
         self.note(self.token)
@@ -204,7 +215,8 @@ class Engine:
         start = self.state.offset.clone()
         ids = torch.cat([self.token[:, None], drafts], 1)
         fits = start[:, None] + torch.arange(ids.shape[1], device=self.device) < self.length
-        hidden = self.model.hidden(ids, mask=fits, state=self.state, rows=self.active, memory=self.memory)
+        hidden = self.model.hidden(ids, mask=fits, state=self.state, rows=self.active, memory=self.memory,
+                                   within=self.reach(drafts.shape[1]))
         logits = self.model.logits(hidden)
         right, chosen = self.active, []
         count = torch.zeros_like(start)
@@ -231,7 +243,7 @@ class Engine:
         whole = len(free) == len(self.rows)
         state = self.state if whole else self.new_state(len(free))
         state.reset()
-        rest = []
+        rest, skipped = [], 0
         for row, (i, request) in enumerate(zip(free, requests, strict=True)):
             self.rows[i] = request
             if request.memory is not None:
@@ -241,11 +253,12 @@ class Engine:
                 state.insert(torch.tensor([row], device=self.device), request.prefix.state)
                 skip = len(request.prefix.ids)
             rest.append(request.prompt[skip:])
+            skipped = max(skipped, skip)
         self.change_settings()
-        lengths = torch.tensor([len(ids) for ids in rest], device=self.device)
-        longest = max(map(len, rest))
+        lengths = [len(ids) for ids in rest]
+        longest = max(lengths)
         ids = torch.tensor([row + [0] * (longest - len(row)) for row in rest], device=self.device)
-        self.filling = Filling(free, state, ids, lengths)
+        self.filling = Filling(free, state, ids, lengths, skipped)
 
     def change_settings(self) -> None:
         """Settings and seen tokens of the rows as they are now, in new tensors."""
@@ -263,20 +276,21 @@ class Engine:
     def fill(self) -> None:
         """One chunk of the prompts being read; rows whose prompt ends in it make their first token."""
         work = self.filling
-        stop = work.done + self.chunk
-        ids = work.ids[:, work.done:stop]
-        steps = torch.arange(work.done, work.done + ids.shape[1], device=self.device)
-        hidden = self.model.hidden(ids, mask=steps < work.lengths[:, None], state=work.state,
-                                   memory=self.memory and self.memory.select(torch.tensor(work.slots)))
+        calm = work.state.chunk is None and not any(map(running, self.rows))
+        stop = min(work.done + (4 if calm else 1) * self.chunk, work.ids.shape[1])
+        steps = torch.arange(work.done, stop, device=self.device)
+        mask = steps < torch.tensor(work.lengths, device=self.device)[:, None] if min(work.lengths) < stop else None
+        hidden = self.model.hidden(work.ids[:, work.done:stop], mask=mask, state=work.state,
+                                   memory=self.memory and self.memory.select(torch.tensor(work.slots)),
+                                   within=work.skipped + stop)
         if self.proposer is not None:
             work.hidden.append(hidden)
-        lengths = work.lengths.tolist()
-        ended = [row for row, length in enumerate(lengths)
+        ended = [row for row, length in enumerate(work.lengths)
                  if work.done < length <= stop and self.rows[work.slots[row]] is not None]
         if ended:
-            self.begin(work, ended, hidden[ended, [lengths[row] - 1 - work.done for row in ended]])
+            self.begin(work, ended, hidden[ended, [work.lengths[row] - 1 - work.done for row in ended]])
         work.done = stop
-        if stop >= work.ids.shape[1]:
+        if stop == work.ids.shape[1]:
             self.filling = None
 
     def begin(self, work: Filling, ended: list[int], hidden: Tensor) -> None:
@@ -329,6 +343,10 @@ class Engine:
     def leave(self, slot: int) -> None:
         self.rows[slot] = None
         self.active[slot] = False
+
+
+def running(row: Request | None) -> bool:
+    return row is not None and bool(row.out)
 
 
 def default_eos(model: TextDecoder) -> tuple[int, ...]:

@@ -25,7 +25,8 @@ class Memory:
     def select(self, rows: Tensor) -> Memory:
         """The rows (B',) by index."""
         layers = tuple(None if pair is None else (pair[0][rows], pair[1][rows]) for pair in self.layers)
-        at = self.at if self.at.position.shape[0] == 1 else At(self.at.position[rows], regular=self.at.regular)
+        at = self.at if self.at.position.shape[0] == 1 else At(
+            self.at.position[rows], regular=self.at.regular, whole=self.at.whole)
         return Memory(layers, at, self.fingerprint)
 
     def insert(self, row: int, other: Memory) -> None:

@@ -11,7 +11,9 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable
+from itertools import count
 from typing import TypeVar
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -36,7 +38,7 @@ class Int8Linear(nn.Module):
         scale = weight.abs().amax(1).clamp(min=1e-12) / 127
         levels = (weight / scale[:, None]).round().to(torch.int8)
         self.out_features, self.in_features = weight.shape
-        self.packed = packed(levels, scale)
+        self.packed = Packed(levels, scale)
         self.bias = None if bias is None else bias.detach().float()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -45,7 +47,7 @@ class Int8Linear(nn.Module):
         exact = flat / step
         coarse = exact.round()
         rows = torch.cat([coarse, exact.sub_(coarse).mul_(2 * LEVELS)])
-        coarse, rest = PRODUCT(rows, 1.0, LEVELS + 1, self.packed).split(len(flat))
+        coarse, rest = self.packed.product(rows).split(len(flat))
         out = torch.add(coarse, rest, alpha=0.5 / LEVELS).mul_(step)
         out = out if self.bias is None else out.add_(self.bias)
         return out.view(*x.shape[:-1], self.out_features)
@@ -54,18 +56,47 @@ class Int8Linear(nn.Module):
         return f"{self.in_features} -> {self.out_features}, int8"
 
 
+class Packed:
+    """levels (E, D) int8 and their scale (E,) as FBGEMM reads them: on its CPUs (x86) twice as fast as oneDNN's where
+    one token is decoded, four times without instructions for bytes (VNNI). Raises InputError elsewhere."""
+
+    def __init__(self, levels: Tensor, scale: Tensor):
+        if torch.backends.quantized.engine not in ("x86", "fbgemm"):
+            raise InputError("int8 weights on a CPU need an x86 processor")
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
+            held = torch._make_per_channel_quantized_tensor(levels, scale.double(), torch.zeros(len(scale)).long(), 0)
+        self.outputs, self.weight = len(levels), torch.ops.quantized.linear_prepack(held, None)
+        self.number = next(NUMBERS)
+        PACKED[self.number] = self
+
+    def product(self, rows: Tensor) -> Tensor:
+        """rows (M, D), whole numbers of up to 7 bits -> (M, E) float32."""
+        if torch.compiler.is_compiling():
+            return torch.ops.mm.int8_product(rows, self.number, self.outputs)
+        return PRODUCT(rows, 1.0, LEVELS + 1, self.weight)
+
+    def __deepcopy__(self, memo: dict) -> Packed:
+        return self
+
+
 PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32  # x in steps of one scale, float32 out
+PACKED: WeakValueDictionary[int, Packed] = WeakValueDictionary()  # by number, for a compiled step to name them
+NUMBERS = count()
 
 
-def packed(levels: Tensor, scale: Tensor) -> torch.ScriptObject:
-    """levels (E, D) int8 and their scale (E,) as FBGEMM reads them: on its CPUs (x86) four times as fast as oneDNN's
-    where one token is decoded and there are no instructions for bytes (VNNI). Raises InputError elsewhere."""
-    if torch.backends.quantized.engine not in ("x86", "fbgemm"):
-        raise InputError("int8 weights on a CPU need an x86 processor")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message=".*quantized tensor creation functions")
-        held = torch._make_per_channel_quantized_tensor(levels, scale.double(), torch.zeros(len(scale)).long(), 0)
-    return torch.ops.quantized.linear_prepack(held, None)
+torch.library.define("mm::int8_product", "(Tensor rows, int number, int outputs) -> Tensor")
+
+
+@torch.library.impl("mm::int8_product", "CPU")
+def product(rows: Tensor, number: int, outputs: int) -> Tensor:
+    """`Packed.product`, an operator into which `torch.compile` need not look."""
+    return PRODUCT(rows, 1.0, LEVELS + 1, PACKED[number].weight)
+
+
+@torch.library.register_fake("mm::int8_product")
+def likewise(rows: Tensor, number: int, outputs: int) -> Tensor:
+    return rows.new_empty(rows.shape[0], outputs)
 
 
 class Fused(nn.Module):

@@ -81,13 +81,17 @@ def compare(source: str, given: dict[str, tuple[int, ...]], wanted: dict[str, tu
 
 @dataclass
 class Write:
-    """Where the tokens of one call go: index (B, T) of a slot each, and the slots' `At` after the call."""
+    """Where the tokens of one call go: index (B, 1, T, 1) of a slot each. k_at: where the tokens of the slots are after
+    the call, of the first `within` slots, where all that is held lies. fresh: where those of the call are, when they
+    are all that they can see."""
 
     index: Tensor
     k_at: At
+    fresh: At | None = None
+    within: int | None = None
 
 
-register(Write)
+register(Write, meta=("within",))
 
 
 @dataclass
@@ -104,17 +108,19 @@ class Slots:
     def size(self) -> int:
         return self.table.shape[1] - 1
 
-    def write(self, at: At) -> Write:
+    def write(self, at: At, within: int | None = None) -> Write:
+        """within: a bound of all positions, those held and those of `at`."""
         position = at.position.expand(len(self.table), -1)
         index = torch.where(position >= 0, position % self.size, self.size)
         document = torch.zeros_like(position) if at.document is None else at.document.expand_as(position)
         prefix = torch.zeros_like(position) if at.prefix is None else at.prefix.expand_as(position).to(position.dtype)
         entry = torch.stack([position.clamp(min=EMPTY), document, prefix], -1)
         self.table.scatter_(1, index.unsqueeze(-1).expand(-1, -1, 3), entry)
-        return Write(index, self.at(at.document is not None, at.prefix is not None))
+        return Write(index[:, None, :, None], self.at(at.document is not None, at.prefix is not None, within),
+                     at if at.regular else None, within)
 
-    def at(self, documents: bool, prefixes: bool) -> At:
-        position, document, prefix = self.table.unbind(-1)
+    def at(self, documents: bool, prefixes: bool, within: int | None = None) -> At:
+        position, document, prefix = self.table[:, :within].unbind(-1)
         return At(position, document if documents else None, prefix.bool() if prefixes else None)
 
 
@@ -129,11 +135,17 @@ class KVCache:
     v: Tensor
 
     def write(self, k: Tensor, v: Tensor, to: Write) -> tuple[Tensor, Tensor, At]:
-        """Store new keys and values (B, K, T, *); returns everything held and where it is."""
-        index = to.index[:, None, :, None]
-        self.k.scatter_(2, index.expand_as(k), k.to(self.k.dtype))
-        self.v.scatter_(2, index.expand_as(v), v.to(self.v.dtype))
-        return self.k.to(k.dtype), self.v.to(v.dtype), to.k_at
+        """Store new keys and values (B, K, T, *); returns all that may be seen and where it is."""
+        self.k.scatter_(2, to.index.expand_as(k), k.to(self.k.dtype))
+        self.v.scatter_(2, to.index.expand_as(v), v.to(self.v.dtype))
+        if to.fresh is not None:
+            return k, v, to.fresh
+        return self.k[:, :, :to.within].to(k.dtype), self.v[:, :, :to.within].to(v.dtype), to.k_at
+
+
+    def sees(self, to: Write) -> At:
+        """Where the tokens are that `write` returns."""
+        return to.k_at if to.fresh is None else to.fresh
 
 
 register(KVCache)
@@ -157,13 +169,17 @@ class Int8Cache:
 
     def write(self, k: Tensor, v: Tensor, to: Write) -> tuple[Tensor, Tensor, At]:
         """As `KVCache.write`; what is returned was rounded, new tokens too."""
-        index = to.index[:, None, :, None]
+        out = []
         for x, held, scales in ((k, self.k, self.k_scale), (v, self.v, self.v_scale)):
             scale = x.float().abs().amax(-1, keepdim=True) / 127
             small = (x.float() / torch.where(scale > 0, scale, 1.0)).round().to(torch.int8)
-            held.scatter_(2, index.expand_as(small), small)
-            scales.scatter_(2, index.expand_as(scale), scale)
-        return (self.k * self.k_scale).to(k.dtype), (self.v * self.v_scale).to(v.dtype), to.k_at
+            held.scatter_(2, to.index.expand_as(small), small)
+            scales.scatter_(2, to.index.expand_as(scale), scale)
+            out.append((held[:, :, :to.within] * scales[:, :, :to.within]).to(x.dtype))
+        return *out, to.k_at
+
+    def sees(self, to: Write) -> At:
+        return to.k_at
 
 
 register(Int8Cache)
@@ -182,7 +198,7 @@ class StackState(State):
     def advance(self, at: At | None, length: int, rows: Tensor | None) -> At:
         """Where the next `length` tokens of each row are; rows (B,) bool that do not advance get no positions."""
         if at is None:
-            at = At(self.offset[:, None] + torch.arange(length, device=self.offset.device))
+            at = At(self.offset[:, None] + torch.arange(length, device=self.offset.device), whole=True)
         if rows is not None:
             at = At(torch.where(rows[:, None], at.position, EMPTY), at.document, at.prefix, at.coords)
         self.offset.copy_(torch.maximum(self.offset, at.position.amax(1) + 1))

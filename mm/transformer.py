@@ -62,13 +62,14 @@ class Transformer(nn.Module):
 
     def forward(self, x: Tensor, at: At | None = None, *, state: StackState | None = None, rows: Tensor | None = None,
                 memory: Tensor | Memory | None = None, memory_at: At | None = None,
-                routes: list[Route] | None = None) -> Tensor:
+                routes: list[Route] | None = None, within: int | None = None) -> Tensor:
         """at: where the tokens are (default 0..T-1). state: continue a stream, rows (B,) bool says which rows advance.
+        within: a bound that the caller knows of all positions in the state and the call, so that no more is looked at.
         memory: (B, S, M) for cross-attention, or what `remember` made of it. routes: a list that gets the route of
         every mixture of experts, in layer order, checkpointed blocks included. Raises InputError on wrong shapes or a
         foreign state."""
         boxes = [[] for _ in self.blocks] if routes is not None else None
-        out = self.final_norm(self.run(x, at, state, rows, memory, memory_at, boxes=boxes)[-1])
+        out = self.final_norm(self.run(x, at, state, rows, memory, memory_at, boxes=boxes, within=within)[-1])
         if routes is not None:
             routes.extend(box[0] for box in boxes if box)  # a checkpointed block fills its box again, going back
         return out
@@ -98,7 +99,7 @@ class Transformer(nn.Module):
 
     def run(self, x: Tensor, at: At | None, state: StackState | None, rows: Tensor | None,
             memory: Tensor | Memory | None, memory_at: At | None, keep: bool = False,
-            boxes: list[list[Route]] | None = None) -> list[Tensor]:
+            boxes: list[list[Route]] | None = None, within: int | None = None) -> list[Tensor]:
         """[input and output of every block] when they are kept, otherwise [the last]."""
         self.check(x, at, memory)
         if state is not None and boxes is not None:
@@ -106,7 +107,7 @@ class Transformer(nn.Module):
         if state is not None:
             check_state(state, self.fingerprint, len(x), rows)
             if state.chunk is not None and x.shape[1] > state.chunk:
-                return [self.in_chunks(x, at, state, rows, memory, memory_at)]
+                return [self.in_chunks(x, at, state, rows, memory, memory_at, within)]
             state.check_length(x.shape[1])
             at = state.advance(at, x.shape[1], rows)
         at = along(*x.shape[:2], device=x.device) if at is None else at
@@ -115,7 +116,7 @@ class Transformer(nn.Module):
             memory_at = memory.at
         elif memory is not None and memory_at is None:
             memory_at = along(*memory.shape[:2], device=x.device)
-        scenes, outputs = self.scenes(at, state), [x]
+        scenes, outputs = self.scenes(at, state, within), [x]
         if boxes is not None:
             scenes = [replace(scene, routes=box) for scene, box in zip(scenes, boxes, strict=True)]
         for i, (block, scene, memory) in enumerate(zip(self.blocks, scenes, memories, strict=True)):
@@ -126,31 +127,31 @@ class Transformer(nn.Module):
             outputs = [*outputs, x] if keep else [x]
         return outputs
 
-    def scenes(self, at: At, state: StackState | None) -> list[Scene]:
+    def scenes(self, at: At, state: StackState | None, within: int | None = None) -> list[Scene]:
         """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size,
         and once per distinct sight what one tile of queries sees."""
         turns = [rotary.turn(at.turns, rope, width) for rope, width in self.ropes]
         turn_of = [None if i is None else turns[i] for i in self.rope_of]
         if state is None:
             return [Scene(at, turn, self.bias) for turn in turn_of]
-        writes = {slots.size: slots.write(at) for slots in state.slots}
+        writes = {slots.size: slots.write(at, within) for slots in state.slots}
         one_tile = not torch.compiler.is_exporting() and at.position.shape[1] <= ROWS
         seen: dict[tuple[int, spec.Sight], Seen] = {}
         scenes = []
         for layer, turn, cache in zip(self.stack.layers, turn_of, state.caches, strict=True):
             size, sight = cache.k.shape[2] - 1, attention(layer).sight
             if one_tile and (size, sight) not in seen:
-                seen[size, sight] = Seen.of(visible(at, writes[size].k_at, sight))
+                seen[size, sight] = Seen.of(visible(at, cache.sees(writes[size]), sight), at.whole)
             scenes.append(Scene(at, turn, self.bias, cache, writes[size], seen.get((size, sight))))
         return scenes
 
     def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None,
-                  memory: Tensor | Memory | None, memory_at: At | None) -> Tensor:
+                  memory: Tensor | Memory | None, memory_at: At | None, within: int | None) -> Tensor:
         out = []
         for start in range(0, x.shape[1], state.chunk):
             stop = start + state.chunk
             piece = None if at is None else at.rows(start, stop)
-            out.append(self.run(x[:, start:stop], piece, state, rows, memory, memory_at)[-1])
+            out.append(self.run(x[:, start:stop], piece, state, rows, memory, memory_at, within=within)[-1])
         return torch.cat(out, 1)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,

@@ -21,7 +21,8 @@ class At:
     position: (B, T) integers; -1 marks padding. document: (B, T) ids of packed documents, or None for one per row.
     prefix: (B, T) bool, keys that everyone in the document sees (prefix language models), or None.
     coords: (B, T, A) coordinates for rotary embeddings of several axes; None rotates by `position`.
-    regular: a promise, known without reading the tensors, that every row is 0..T-1, one document, no padding.
+    Promises, known without reading the tensors: `regular`, that every row is 0..T-1, one document, no padding; `whole`,
+    that there is no padding.
     """
 
     position: Tensor
@@ -29,6 +30,7 @@ class At:
     prefix: Tensor | None = None
     coords: Tensor | None = None
     regular: bool = False
+    whole: bool = False
 
     @property
     def turns(self) -> Tensor:
@@ -39,7 +41,7 @@ class At:
         """The tokens start:stop."""
         cut = {name: None if (value := getattr(self, name)) is None else value[:, start:stop]
                for name in ("position", "document", "prefix", "coords")}
-        return At(**cut, regular=self.regular and start == 0)
+        return At(**cut, regular=self.regular and start == 0, whole=self.whole)
 
     def with_extra_key(self) -> At:
         """One more key at the end, at `ANYWHERE`."""
@@ -48,12 +50,12 @@ class At:
         return At(longer(self.position, ANYWHERE), longer(self.document, 0), longer(self.prefix, 0))
 
 
-register(At, meta=("regular",))
+register(At, meta=("regular", "whole"))
 
 
 def along(batch: int, length: int, *, device: torch.device | None = None, coords: Tensor | None = None) -> At:
     """Positions 0..length-1 in every row."""
-    return At(torch.arange(length, device=device).expand(batch, length), coords=coords, regular=True)
+    return At(torch.arange(length, device=device).expand(batch, length), coords=coords, regular=True, whole=True)
 
 
 def padded(mask: Tensor) -> At:
@@ -94,15 +96,29 @@ def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
 @dataclass(frozen=True)
 class Seen:
     """`visible` as it is added to scores. mask: (B, T, S) float32, 0 where a key is seen and -inf elsewhere; blind:
-    (B, T, 1) bool, the queries that see nothing."""
+    (B, T, 1) bool, the queries that see nothing, None where each is known to see something."""
 
     mask: Tensor
-    blind: Tensor
+    blind: Tensor | None
 
     @classmethod
-    def of(cls, visible: Tensor) -> Seen:
+    def of(cls, visible: Tensor, all_see: bool = False) -> Seen:
         mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
-        return cls(mask, ~visible.any(-1, keepdim=True))
+        return cls(mask, None if all_see else ~visible.any(-1, keepdim=True))
+
+    def rows(self, start: int, stop: int, keys: slice) -> Seen:
+        """What the queries start:stop see of these keys."""
+        return Seen(self.mask[:, start:stop, keys], None if self.blind is None else self.blind[:, start:stop])
+
+    def cover(self, out: Tensor) -> Tensor:
+        """0 in the rows of out (B, ..., T, F) that see nothing; in its memory, which the caller gives away, where no
+        gradient is recorded."""
+        blind = self.blind
+        if blind is None:
+            return out
+        for _ in range(out.ndim - 3):
+            blind = blind.unsqueeze(1)
+        return out.masked_fill(blind, 0.0) if torch.is_grad_enabled() else out.masked_fill_(blind, 0.0)
 
 
 register(Seen)
@@ -110,4 +126,4 @@ register(Seen)
 
 def all_visible(q_at: At, k_at: At, sight: Sight) -> bool:
     """Whether, by structure alone, every query sees every key."""
-    return q_at.regular and k_at.regular and sight == EVERYWHERE
+    return sight == EVERYWHERE and k_at.whole and (q_at.document is None or k_at.document is None)

@@ -39,7 +39,7 @@ class Problem:
 
     def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
         """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
-        shown = self.shown and Seen(self.shown.mask[:, slice(*rows), slice(*keys)], self.shown.blind[:, slice(*rows)])
+        shown = self.shown and self.shown.rows(*rows, slice(*keys))
         return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None,
                        shown=shown)
 

@@ -65,7 +65,7 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     if problem.sinks is not None:
         column = problem.sinks.to(wide).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column], -1)
-    weights = torch.softmax(scores, -1).masked_fill(seen.blind[:, None, None], 0.0)[..., : k.shape[2]]
+    weights = seen.cover(torch.softmax(scores, -1))[..., : k.shape[2]]
     weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
     if torch.compiler.is_exporting():  # a product over G * T rows would tie the exported length to its example
         return torch.einsum("bkgts,bksf->bkgtf", weights.to(v.dtype), v).flatten(1, 2)
@@ -80,4 +80,4 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
         mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(mask < 0, -torch.inf)
     out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale,
                                          enable_gqa=q.shape[1] != k.shape[1])
-    return out.masked_fill(seen.blind.unsqueeze(1), 0.0)
+    return seen.cover(out)

@@ -236,7 +236,8 @@ def test_dropout_in_tiles_is_the_same_when_recomputed():
     ("tiled", {"softcap": 1.0}),
     ("tiled", {"sinks": torch.zeros(2)}),
     ("tiled", {"bias": lambda q_at, k_at: 0}),
-    ("tiled", {"q_at": padded(torch.ones(2, 5))}),
+    ("sdpa", {"q_at": padded(torch.ones(2, 5))}),
+    ("tiled", {"k_at": padded(torch.ones(2, 5))}),
     ("tiled", {"sight": CAUSAL, "k_at": At(torch.arange(5).expand(2, 5), prefix=torch.ones(2, 5) > 0, regular=True)}),
 ])
 def test_explain_names_the_path_and_the_reason(path, call):
