@@ -110,10 +110,11 @@ class TextDecoder(Pretrained):
 
     def generate(self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
                  chunk: int = 256, speculate: Proposer | None = None, beams: Beams | None = None,
-                 cache: Cache = "full", on_text: Callable[[int, str], None] | None = None) -> list[Output]:
+                 cache: Cache = "full", compiled: bool = False, on_text: Callable[[int, str], None] | None = None
+                 ) -> list[Output]:
         """What the model writes after each prompt: see `mm.generate.generate`."""
         return generate(self, prompts, sampling, slots=slots, chunk=chunk, speculate=speculate, beams=beams,
-                        cache=cache, on_text=on_text)
+                        cache=cache, compiled=compiled, on_text=on_text)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY) -> Iterator[str]:
         """Pieces of text as they are written."""

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor
 
+from mm import graph
 from mm.errors import InputError
-from mm.graph import Replay
 from mm.memory import Memory
 from mm.sampling import GREEDY, Sampling, choose, controls
 from mm.state import StackState
@@ -79,8 +79,9 @@ class Engine:
     many while no row waits for its next one, where no layer has a window.
 
     eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
-    one step; texts do not depend on it. compiled: run the decode step through torch.compile, and on a GPU as a CUDA
-    graph. remembered: the longest memory of a request in tokens, for a decoder that reads an encoder.
+    one step; texts do not depend on it. compiled: a step is one compiled program (`mm.graph`), which takes half a
+    minute at first; on a CPU, one row then takes half the time, by weights in their usual order. remembered: the
+    longest memory of a request in tokens, for a decoder that reads an encoder.
     """
 
     def __init__(self, model: TextDecoder, slots: int, length: int | None = None, chunk: int = 256, *,
@@ -91,6 +92,8 @@ class Engine:
             raise InputError(f"rows of {self.length} tokens do not fit the model's context of {model.spec.context}")
         if slots < 1 or chunk < 1:
             raise InputError(f"an engine needs at least 1 slot and a chunk of 1, not {slots} and {chunk}")
+        if compiled and speculate is not None:
+            raise InputError("steps that verify what was speculated are not compiled: choose one of both")
         self.model, self.chunk, self.proposer, self.cache = model, chunk, speculate, cache
         if speculate is not None:
             speculate.start(model, slots, self.length, chunk)
@@ -107,9 +110,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.filling: Filling | None = None
         self.settings = controls([GREEDY] * slots, self.device)
-        self.decode = torch.compile(self.plain_step, dynamic=False) if compiled else self.eager_step
-        if compiled and self.device.type == "cuda":
-            self.decode = Replay(self.decode)
+        self.decode = graph.compiled(self.plain_step, self.device) if compiled else self.eager_step
 
     def new_state(self, rows: int) -> StackState:
         return self.model.init_state(rows, length=self.length, chunk=max(self.chunk, self.ahead + 1), cache=self.cache)
@@ -262,7 +263,7 @@ class Engine:
 
     def change_settings(self) -> None:
         """Settings and seen tokens of the rows as they are now, in new tensors."""
-        if isinstance(self.decode, Replay):
+        if isinstance(self.decode, graph.Replay):
             self.decode.renew()
         self.settings = controls([row.sampling if row else GREEDY for row in self.rows], self.device)
         self.seen = None

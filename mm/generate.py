@@ -34,13 +34,14 @@ class Output:
 def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *,
              slots: int | None = None, chunk: int = 256, speculate: Proposer | None = None, beams: Beams | None = None,
              cache: Cache = "full", on_text: Callable[[int, str], None] | None = None, eos: Sequence[int] | None = None,
-             memories: Sequence[Callable[[], Memory]] = (), remembered: int = 0) -> list[Output]:
+             memories: Sequence[Callable[[], Memory]] = (), remembered: int = 0, compiled: bool = False
+             ) -> list[Output]:
     """One `Output` per prompt: a text, texts, ids (B, T), or rows of ids of any lengths.
 
     sampling: for all, or one per prompt. slots: rows at a time (default: all). on_text(prompt's number, text) is called
     with every piece of text. beams: the likeliest texts by beam search, for greedy settings; a text then comes as one
-    piece. cache, eos: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a decoder that reads
-    an encoder. Raises InputError for prompts that do not fit the model.
+    piece. cache, eos, compiled: see `Engine`. memories: one per prompt of at most `remembered` tokens, for a decoder
+    that reads an encoder. Raises InputError for prompts that do not fit the model.
     """
     rows = prompt_ids(model, prompts)
     settings = [sampling] * len(rows) if isinstance(sampling, Sampling) else list(sampling)
@@ -49,15 +50,17 @@ def generate(model: TextDecoder, prompts: Prompts, sampling: Sampling | Sequence
     for ids in rows:
         check_prompt(ids, model.spec.context, model.spec.embed.vocab)
     if beams is not None:
-        if speculate is not None or cache != "full":
-            raise InputError("beam search neither speculates nor keeps keys and values in 8 bits")
+        if speculate is not None or cache != "full" or compiled:
+            raise InputError("beam search neither speculates nor keeps keys and values in 8 bits, nor is it compiled")
         memory = model.stack.room(len(rows), remembered) if memories else None
         for i, one in enumerate(memories):
             memory.insert(i, one())
         return searched(model, rows, settings, beams, on_text, eos, memory)
     length = max(len(ids) + one.max_tokens for ids, one in zip(rows, settings, strict=True))
+    if compiled:  # a step is compiled for one length of rows: for powers of two, not for every text
+        length = 1 << max(length - 1, 255).bit_length()
     engine = Engine(model, min(slots or len(rows), len(rows)), min(length, model.spec.context), chunk,
-                    speculate=speculate, eos=eos, cache=cache, remembered=remembered)
+                    speculate=speculate, eos=eos, cache=cache, compiled=compiled, remembered=remembered)
     memories = memories or [None] * len(rows)
     requests = [engine.submit(ids, one, on_text=None if on_text is None else lambda piece, i=i: on_text(i, piece),
                               memory=memory)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 
 LARGE = 1 << 18  # weights; below, the call costs more than the kernel gains
 FEW = 32  # tokens, for which a weight must be four times as large
-MANY = 16  # tokens, from which on transposed weights gain nothing
 SHORT = 3 << 10  # numbers of a few tokens together, up to which BLAS reads a weight once for all of them
 
 
@@ -16,7 +15,10 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """x (..., D), weight (E, D), bias (E,) -> (..., E).
 
     Float32 on a CPU without gradients takes the fastest of three kernels, as measured: the BLAS behind `F.linear`, the
-    same with the tokens as columns, which reads weights up to twice as fast for two to six short ones, and oneDNN."""
+    same with the tokens as columns, which reads weights up to twice as fast for two to six short ones, and oneDNN. One
+    token in a compiled step is a loop of its own, which reads weights at the speed of memory."""
+    if torch.compiler.is_compiling():
+        return one_token(x, weight, bias) if loops(x, weight) else F.linear(x, weight, bias)
     rows = x.numel() // weight.shape[1]
     if rows < 2 or not plain(x, weight):
         return F.linear(x, weight, bias)
@@ -28,11 +30,22 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
+def loops(x: Tensor, weight: Tensor) -> bool:
+    return (not torch.is_grad_enabled() and not torch.compiler.is_exporting() and weight.device.type == "cpu"
+            and x.dtype == weight.dtype == torch.float32 and not torch.is_autocast_enabled("cpu")
+            and x.numel() == weight.shape[1] == weight.stride(0))
+
+
+def one_token(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    out = (weight * x.reshape(1, -1)).sum(-1).view(*x.shape[:-1], -1)
+    return out if bias is None else out + bias
+
+
 def plain(x: Tensor, weight: Tensor) -> bool:
     """Float32 on a CPU with no more to it than its numbers."""
     return (weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and type(x) is Tensor
             and type(weight) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
-            and not torch.compiler.is_compiling() and not torch.is_autocast_enabled("cpu"))
+            and not torch.is_autocast_enabled("cpu"))
 
 
 def faster_as_columns(rows: int, weight: Tensor) -> bool:
@@ -43,7 +56,7 @@ def faster_in_onednn(rows: int, weight: Tensor) -> bool:
     if not ONEDNN:
         return False
     if weight.stride(0) == 1:  # as `mm.arrange` leaves it
-        return 2 < rows < MANY
+        return rows > 2
     return weight.numel() >= (LARGE if rows > FEW else 4 * LARGE)
 
 

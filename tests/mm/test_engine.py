@@ -10,8 +10,10 @@ from support import attention, redraw, stack
 from mm import TextDecoder, spec
 from mm.engine import Engine
 from mm.errors import InputError
+from mm.quantize import quantize
 from mm.sampling import Sampling
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
+from mm.speculate import PromptLookup
 
 SPEC = DecoderSpec(embed=Embed(vocab=61), context=64, head=spec.LMHead(tied=False), stack=stack(
     attention(sight=Sight(left=5, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()),
@@ -127,6 +129,16 @@ def test_a_step_is_one_graph_and_writes_the_same_text(backend):
     assert [request.out for request in requests] == ALONE[:4]
 
 
+@pytest.mark.parametrize("slots, quantized", [(1, False), (2, True)])
+def test_a_compiled_step_of_one_row_or_of_eight_bits_writes_the_same_text(slots, quantized):
+    model = quantize(make()) if quantized else MODEL
+    engine = Engine(model, slots, 50)
+    engine.decode = torch.compile(engine.plain_step, dynamic=False, fullgraph=True, backend="aot_eager")
+    requests = [engine.submit(prompt, WAYS[0]) for prompt in PROMPTS[:3]]
+    engine.run()
+    assert [request.out for request in requests] == [out.ids for out in model.generate(PROMPTS[:3], WAYS[0])]
+
+
 @pytest.mark.parametrize("prompt, told", [([], "empty"), ([1, 61], "vocabulary"), ([1] * 51, "fit")])
 def test_prompts_that_cannot_be_read(prompt, told):
     with pytest.raises(InputError, match=told):
@@ -142,3 +154,5 @@ def test_mistakes():
         Engine(MODEL, 1).submit([1], Sampling(stop=("x",)))
     with pytest.raises(InputError, match="tokenizer"):
         MODEL.generate("text")
+    with pytest.raises(InputError, match="choose one"):
+        Engine(MODEL, 1, speculate=PromptLookup(), compiled=True)

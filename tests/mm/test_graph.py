@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mm.graph import Replay
+from mm.graph import Replay, compiled
 
 
 @pytest.fixture
@@ -32,6 +32,12 @@ def test_it_runs_then_captures_then_replays_and_begins_again(told):
     replay.renew()
     assert replay() is out
     assert told == ["step", "capture", "step", "replay", "replay", "step"]
+
+
+def test_without_a_compiler_the_step_stays_as_it_is(monkeypatch):
+    monkeypatch.setattr("shutil.which", lambda name: None)
+    with pytest.warns(UserWarning, match="g\\+\\+ was not found"):
+        assert compiled(str, torch.device("cpu")) is str
 
 
 @pytest.mark.full

@@ -22,6 +22,12 @@ def test_a_story_from_the_command_line(capsys, more):
     assert told.out.startswith("Once upon a time, there was a little girl") and "20 tokens" in told.err
 
 
+@pytest.mark.full
+def test_a_story_by_a_compiled_step(capsys):
+    assert main(["generate", "stories260k", "Once upon a time", "--max-tokens", "20", "--compile"]) == 0
+    assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl")
+
+
 def test_alone_it_tells_a_story_from_its_beginning(capsys):
     assert main(["generate", "--max-tokens", "20"]) == 0
     assert capsys.readouterr().out.startswith("Once upon a time, there was a little girl")
