@@ -89,10 +89,9 @@ class Conv(nn.Module):
         length = self.past + steps
         held = x.new_zeros(batch, length, channels) if state is None else state.held[:, :length]
         new = held[:, self.past :]
+        new.copy_(x)
         if self.elu:
-            torch.ops.aten.elu.out(x, out=new)
-        else:
-            new.copy_(x)
+            F.elu_(new)
         if self.replicate:
             old = held[:, : self.past]
             first = new[:, :1].expand_as(old)

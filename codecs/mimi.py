@@ -43,6 +43,13 @@ class Mimi(pretrained.Pretrained):
         self.decoder_stack = Transformer(s.decoder)
         self.decoder = build_decoder(s.seanet, dim, PIECE * s.stride)
 
+    def forward(self, wave: Tensor, *, state: MimiState | None = None, rows: Tensor | None = None,
+                codebooks: int | None = None) -> tuple[Tensor, Tensor]:
+        """`encode`, then `decode`: (codes, wave). With a state and a frame, this is the step of a stream that compiles
+        and exports as one program."""
+        codes = self.encode(wave, state=state, rows=rows, codebooks=codebooks)
+        return codes, self.decode(codes, state=state, rows=rows)
+
     # ------------------------------------------------------------------------------------- encoding
     @torch.no_grad()
     def encode(self, wave: Tensor, *, state: MimiState | None = None, rows: Tensor | None = None,

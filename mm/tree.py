@@ -1,4 +1,4 @@
-"""Dataclasses of tensors as pytrees, so that compile, export and vmap see through them."""
+"""Dataclasses of tensors as pytrees, so that compile, export, vmap and files of exported programs see through them."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -24,7 +25,9 @@ def register(cls: type, meta: tuple[str, ...] = ()) -> type:
         return [(pytree.GetAttrKey(name), getattr(x, name)) for name in names], flatten(x)[1]
 
     pytree.register_pytree_node(cls, flatten, unflatten, flatten_with_keys_fn=flatten_with_keys,
-                                serialized_type_name=f"{cls.__module__}.{cls.__qualname__}")
+                                serialized_type_name=f"{cls.__module__}.{cls.__qualname__}",
+                                to_dumpable_context=list, from_dumpable_context=tuple)
+    torch.serialization.add_safe_globals([cls])
     return cls
 
 

@@ -92,18 +92,24 @@ def header_of(args: argparse.Namespace, model: Mimi):
 
 def encoded(model: Mimi, sound, codebooks: int, chunk: int) -> Iterator[Tensor]:
     """Codes (1, Q, T) of a sound file, T up to `chunk` frames."""
+    state = model.init_state(1, chunk=chunk)
+    for wave in framed(model, sound, chunk):
+        yield model.encode(wave, state=state, codebooks=codebooks)
+
+
+def framed(model: Mimi, sound, chunk: int) -> Iterator[Tensor]:
+    """Waves (1, C, L) of a sound file on the model's device, up to `chunk` whole frames at a time."""
     from ..codecs.framing import Framer
 
     s = model.spec
-    device = next(model.parameters()).device
-    framer, state = Framer.empty(1, s.seanet.channels, s.frame), model.init_state(1, chunk=chunk)
+    device, framer = next(model.parameters()).device, Framer.empty(1, s.seanet.channels, s.frame)
     for block in sound.blocks(s.rate, s.seanet.channels):
         for piece in framer.push(block[None]).split(chunk * s.frame, 2):
             if piece.shape[2]:
-                yield model.encode(piece.to(device), state=state, codebooks=codebooks)
+                yield piece.to(device)
     last = framer.flush()
     if last.shape[2]:
-        yield model.encode(last.to(device), state=state, codebooks=codebooks)
+        yield last.to(device)
 
 
 def decode(args: argparse.Namespace) -> int:
@@ -146,17 +152,9 @@ def decoded(model: Mimi, blocks: Iterator[Tensor], chunk: int) -> Iterator[Tenso
 
 
 def play(args: argparse.Namespace) -> int:
-    from ..codecs.sound import open_sound
-
-    if args.file.suffix == SUFFIX:
-        reader, model = opened(args.file, args)
-        blocks = reader.blocks(1)
-    else:
-        sound, model = open_sound(args.file), load(args)
-        blocks = (codes[0] for codes in encoded(model, sound, header_of(args, model).codebooks, 1))
+    model, waves = played(args)
     say = to_stdout if args.stdout else speakers(model)
     spent, seconds = 0.0, 0.0
-    waves = decoded(model, blocks, 1)
     while True:
         start = time.perf_counter()
         wave = next(waves, None)
@@ -167,6 +165,21 @@ def play(args: argparse.Namespace) -> int:
         seconds += wave.shape[2] / model.spec.rate
     print(f"{args.file}: {seconds:.1f} s of sound, {pace(spent, seconds)}", file=sys.stderr)
     return 0
+
+
+def played(args: argparse.Namespace) -> tuple[Mimi, Iterator[Tensor]]:
+    """The model, and waves (1, C, frame) on the CPU as a stream makes them of either kind of file."""
+    from ..codecs.sound import open_sound
+    from ..codecs.stream import Stream
+
+    if args.file.suffix == SUFFIX:
+        reader, model = opened(args.file, args)
+        stream = Stream(model, 1, codebooks=reader.header.codebooks)
+        device = stream.codes.device
+        return model, (stream.decode(codes[None].to(device)).cpu() for codes in reader.blocks(1))
+    sound, model = open_sound(args.file), load(args)
+    stream = Stream(model, 1, codebooks=header_of(args, model).codebooks)
+    return model, (stream.decode(stream.encode(wave)).cpu() for wave in framed(model, sound, 1))
 
 
 def to_stdout(wave: Tensor) -> None:
