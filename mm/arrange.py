@@ -7,6 +7,7 @@ from typing import TypeVar
 import torch
 from torch import nn
 
+from mm.depth import StepLinear
 from mm.embed import LMHead
 from mm.linear import FusedLinear
 
@@ -23,6 +24,6 @@ def arrange(model: M) -> M:
         weight = getattr(module, "weight", None)
         if isinstance(module, LMHead) and weight is None:
             weight = model.embed.tokens.weight
-        if isinstance(module, nn.Linear | FusedLinear | LMHead) and weight.shape[0] > weight.shape[1]:
-            weight.data = weight.t().contiguous().t()
+        if isinstance(module, nn.Linear | FusedLinear | LMHead | StepLinear) and weight.shape[-2] > weight.shape[-1]:
+            weight.data = weight.mT.contiguous().mT
     return model

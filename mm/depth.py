@@ -6,6 +6,8 @@ et al., 2022; weights per step: Moshi, Défossez et al., 2024.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -18,9 +20,16 @@ from mm.mlp import ACTIVATIONS
 from mm.norm import build_norm
 from mm.rope import Turn
 from mm.streams import CodeTables, TextTable, column
-from mm.visibility import along
+from mm.visibility import At, along
 
-Cache = list[tuple[Tensor, Tensor]]  # of each layer, keys and values (B, K, codebooks, E)
+
+@dataclass(frozen=True)
+class Cache:
+    """Room for the steps of one frame: of each layer, keys and values (B, K, steps, E); where step k and those up to it
+    are."""
+
+    layers: list[tuple[Tensor, Tensor]]
+    at: list[tuple[At, At]]
 
 
 class StepLinear(nn.Module):
@@ -99,7 +108,7 @@ class StepAttention(nn.Module):
         y = attend(*heads.split(self.heads, 1), q_at=at, k_at=at, sight=self.settings.sight, q_turn=turn, k_turn=turn)
         return self.out(y.permute(2, 0, 1, 3).flatten(2))
 
-    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor]) -> Tensor:
+    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor], at: tuple[At, At]) -> Tensor:
         """x: (B, D) -> (B, D)."""
         heads = self.qkv.step(x, k).unflatten(-1, (-1, 1, self.settings.head_dim))
         q, key, value = heads.split(self.heads, 1)
@@ -108,8 +117,7 @@ class StepAttention(nn.Module):
         for held, new in zip(cache, (key, value), strict=True):
             held[:, :, k:k + 1] = new
         keys, values = (held[:, :, :k + 1] for held in cache)
-        y = attend(q, keys, values, q_at=along(len(x), 1, device=x.device),
-                   k_at=along(len(x), k + 1, device=x.device))
+        y = attend(q, keys, values, q_at=at[0], k_at=at[1])
         return self.out.step(y.flatten(1), k)
 
 
@@ -161,8 +169,8 @@ class DepthBlock(nn.Module):
         x = add(scaled(self.mixer(self.mixer_norm(x), turn), self.mixer_scale), x)
         return add(scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale), x)
 
-    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor]) -> Tensor:
-        x = add(scaled(self.mixer.step(self.mixer_norm(x), k, turn, cache), self.mixer_scale), x)
+    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor], at: tuple[At, At]) -> Tensor:
+        x = add(scaled(self.mixer.step(self.mixer_norm(x), k, turn, cache, at), self.mixer_scale), x)
         return add(scaled(self.mlp.step(self.mlp_norm(x), k), self.mlp_scale), x)
 
 
@@ -193,14 +201,17 @@ class DepthStack(nn.Module):
 
     def cache(self, batch: int, steps: int, like: Tensor) -> Cache:
         """Room for the steps of one frame."""
-        return [tuple(like.new_empty(batch, layer.mixer.kv_heads, steps, layer.mixer.head_dim) for _ in range(2))
-                for layer in self.stack.layers]
+        layers = [tuple(like.new_empty(batch, layer.mixer.kv_heads, steps, layer.mixer.head_dim) for _ in range(2))
+                  for layer in self.stack.layers]
+        places = torch.arange(steps, device=like.device).expand(batch, steps)
+        return Cache(layers, [(At(places[:, :1], regular=True), At(places[:, :k + 1], regular=True))
+                              for k in range(steps)])
 
     def step(self, x: Tensor, k: int, cache: Cache) -> Tensor:
         """x: (B, D) of step k, after those before it -> (B, D)."""
         turn = self.turn(torch.full((1, 1), k, device=x.device)) if self.stack.layers[0].mixer.rope else None
-        for block, held in zip(self.blocks, cache, strict=True):
-            x = block.step(x, k, turn, held)
+        for block, held in zip(self.blocks, cache.layers, strict=True):
+            x = block.step(x, k, turn, held, cache.at[k])
         if self.final_norm is None:
             return x
         i = min(k, len(self.final_norm.weight) - 1)

@@ -1,6 +1,7 @@
 """The duplex model: every published shape against the official package, packing, gradients, files, bad input."""
 
 import json
+from dataclasses import replace
 
 import duplex
 import pytest
@@ -137,7 +138,7 @@ def test_gradients_in_float64():
     for t in range(3):
         rows, (cache, read) = [], model.depth.begin(x[:, t])
         for k in range(4):
-            cache = [tuple(held.clone() for held in pair) for pair in cache]
+            cache = replace(cache, layers=[tuple(held.clone() for held in pair) for pair in cache.layers])
             rows.append(model.depth.step(read[k], tokens[:, k, t], k, cache))
         total = total + (torch.stack(rows) * weights[:, :, t]).sum()
     for ours, theirs in zip(torch.autograd.grad(total, [x, *parameters]), wanted, strict=True):
