@@ -23,6 +23,7 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.eps, self.order = settings.eps, settings.order
         self.weight = nn.Parameter(torch.empty(dim))
+        self.floor = torch.tensor(self.eps, device="cpu")
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -30,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dtype in (torch.float32, torch.float64):
-            if not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            if x.device.type == "cpu" and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
                 return self.plain(x)
             return F.rms_norm(x, x.shape[-1:], 1 + self.weight if self.order == "one_plus" else self.weight, self.eps)
         y = F.rms_norm(x.float(), x.shape[-1:], None, self.eps)
@@ -40,8 +41,9 @@ class RMSNorm(nn.Module):
         return (y * (1 + weight if self.order == "one_plus" else weight)).to(x.dtype)
 
     def plain(self, x: Tensor) -> Tensor:
-        """The same without gradients: on a CPU, a sixth of the time that `F.rms_norm` takes."""
-        scale = (x * x).mean(-1, keepdim=True).add_(self.eps).rsqrt_()
+        """The same without gradients, in half the calls of `F.rms_norm` on a CPU."""
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        scale = torch.addcmul(self.floor, length, length, value=1 / x.shape[-1]).rsqrt_()
         return (x * scale).mul_(1 + self.weight if self.order == "one_plus" else self.weight)
 
     def extra_repr(self) -> str:

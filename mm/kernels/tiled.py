@@ -78,6 +78,10 @@ def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     mask = seen.mask.to(q.dtype).unsqueeze(1)
     if problem.bias is not None:
         mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(mask < 0, -torch.inf)
-    out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale,
-                                         enable_gqa=q.shape[1] != k.shape[1])
+    shared = q.shape[1] != k.shape[1]
+    if shared and problem.bias is None and not torch.compiler.is_exporting() and q.shape[2] == 1:
+        rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # heads that share keys read them once, as rows of one head
+        out = F.scaled_dot_product_attention(rows, k, v, mask, problem.dropout, scale=problem.scale)
+        return seen.cover(out.unsqueeze(3).flatten(1, 2))
+    out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale, enable_gqa=shared)
     return seen.cover(out)
