@@ -27,6 +27,7 @@ M = TypeVar("M", bound=nn.Module)
 S = TypeVar("S")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
 TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
+LINE = 64  # bytes that a processor reads from memory at once
 SHARD_BYTES = 5 * 2**30
 
 
@@ -189,7 +190,7 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
     if len(floats) > 1:
         widest = functools.reduce(torch.promote_types, floats)
         state = {name: cast(name, value, widest) for name, value in state.items()}
-    module.load_state_dict({name: own(value) for name, value in state.items()}, assign=True)
+    module.load_state_dict({name: aligned(own(value)) for name, value in state.items()}, assign=True)
     return module
 
 
@@ -211,6 +212,11 @@ def own(value: Tensor) -> Tensor:
     """The tensor, contiguous and alone in its memory."""
     alone = value.is_contiguous() and value.untyped_storage().nbytes() == value.nbytes
     return value if alone else value.clone(memory_format=torch.contiguous_format)
+
+
+def aligned(value: Tensor) -> Tensor:
+    """The tensor where products read it fastest: a file puts it anywhere, which costs them up to a fifth."""
+    return value.clone() if value.device.type == "cpu" and value.data_ptr() % LINE else value
 
 
 def pack(family: str, settings: Any) -> dict[str, Any]:

@@ -20,8 +20,9 @@ if TYPE_CHECKING:
     from mm.pretrained import Pretrained
 
 SHARD_BYTES = 5 * 2**30
-OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states", "duplex": "logits", "csm": "logits"}
-LAYOUTS = ("hf", "open_clip", "timm", "kyutai", "mm")
+OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states", "duplex": "logits", "csm": "logits",
+           "mimi": "latents and waves"}
+LAYOUTS = ("hf", "open_clip", "timm", "kyutai", "mm", "hf_halves", "kyutai_memory")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 
@@ -30,7 +31,8 @@ def convert(argv: list[str]) -> int:
     """The command: writes DST, says what is in it."""
     parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a checkpoint for another library: "
                                      "transformers and vLLM (hf), open_clip, timm, moshi (kyutai), or this package "
-                                     "(mm).")
+                                     "(mm); hf_halves and kyutai_memory name the weights of a codec as those packages "
+                                     "do in memory.")
     parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, a hub name, or a "
                         ".gguf or llama2.c file")
     parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
@@ -118,7 +120,7 @@ def output_gap(model: Pretrained, again: Pretrained) -> float:
 
 
 def outputs(model: Pretrained) -> tuple[Tensor, ...]:
-    """What a model makes of one random picture and one random text, or of random codes."""
+    """What a model makes of one random picture and one random text, of random codes, or of noise."""
     import torch
 
     draw = torch.Generator().manual_seed(0)
@@ -136,6 +138,9 @@ def outputs(model: Pretrained) -> tuple[Tensor, ...]:
                            ids(spec.card, 16 * streams).view(1, streams, 16)], 1)
         made = model(codes)
         return tuple(x.nan_to_num() for x in (made if model.kind == "duplex" else (made,)) if x.numel())
+    if model.kind == "mimi":
+        wave = torch.randn(1, spec.seanet.channels, 4 * spec.frame, generator=draw)
+        return model.latents(wave), model.decode(ids(spec.quantizer.size, spec.quantizer.codebooks).unsqueeze(-1))
     image = spec if model.kind == "vit" else spec.image
     pixels = torch.randn(1, image.channels, *image.image, generator=draw)
     return (model.encode(pixels),) if model.kind == "vit" else model(pixels, ids(spec.text.vocab, spec.text.context))

@@ -5,10 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .info_codec import codec_facts, codec_layout, codec_sentences
+from .info_codec import count_parameters as codec_parameters
 from .info_speech import count_parameters as speech_parameters
 from .info_speech import speech_facts, speech_sentences
 from .info_text import count_parameters as language_parameters
@@ -35,7 +38,8 @@ def info(argv: list[str]) -> int:
     """The command: a table on stdout, or JSON."""
     parser = argparse.ArgumentParser(prog="mm info", description="What a checkpoint is: family, parameters per part, "
                                      "memory, FLOPs per picture and text, preprocessing, tokenizer; of a language "
-                                     "model its context and the memory of its cache; of a duplex model its streams.")
+                                     "model its context and the memory of its cache; of a duplex model its streams; of "
+                                     "a codec its rates and the memory of a stream.")
     parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, a hub name, a .gguf or llama2.c "
                         "file")
     parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
@@ -53,34 +57,43 @@ def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
     model = open_any(SHIPPED[name]() if name in SHIPPED else name, allow_pickle=allow_pickle)
-    count = language_parameters if is_language(model) else speech_parameters if speaks(model) else count_parameters
+    count, facts = readers(model)
     counts = count(model)
     total = sum(counts.values())
     about = {"model": str(name), "family": model.families.names[model.kind], "layout": layout_of(name, model),
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
              "bytes": {"float32": 4 * total, "bfloat16": 2 * total}}
+    return about | facts(model)
+
+
+def readers(model: Pretrained) -> tuple[Callable[[Any], dict[str, int]], Callable[[Any], dict[str, Any]]]:
+    """What counts the parameters of a model by part, and what tells the rest."""
     if is_language(model):
-        return about | language_facts(model)
+        return language_parameters, language_facts
     if speaks(model):
-        return about | speech_facts(model)
-    return about | tower_facts(model) | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
-                                         "flops": count_flops(model.to("meta").requires_grad_(False))}
+        return speech_parameters, speech_facts
+    return (codec_parameters, codec_facts) if model.kind == "mimi" else (count_parameters, tower_facts)
 
 
 def layout_of(name: str, model: Pretrained) -> str:
     path = SHIPPED[name]() if name in SHIPPED else Path(name).expanduser()
     if path.is_file():
-        return path.suffix.removeprefix(".")
-    return model.families.recognise(model.families.resolve(path if path.is_dir() else name), model.kind).layout
+        return codec_layout(path, "kyutai") if model.kind == "mimi" else path.suffix.removeprefix(".")
+    folder = model.families.resolve(path if path.is_dir() else name)
+    layout = model.families.recognise(folder, model.kind).layout
+    return codec_layout(folder, layout) if model.kind == "mimi" else layout
 
 
 def tower_facts(model: CLIP | ViT) -> dict[str, Any]:
     from ..encoders.spec import out_dim
 
     if model.kind == "vit":
-        return {"image": image_facts(model.spec), "features": out_dim(model.spec), "classes": len(model.labels)}
-    return {"image": image_facts(model.spec.image), "text": text_facts(model), "features": model.spec.dim,
-            "logit_scale": math.exp(model.logit_scale.item())}
+        told = {"image": image_facts(model.spec), "features": out_dim(model.spec), "classes": len(model.labels)}
+    else:
+        told = {"image": image_facts(model.spec.image), "text": text_facts(model), "features": model.spec.dim,
+                "logit_scale": math.exp(model.logit_scale.item())}
+    return told | {"preprocessing": model.preprocessing and asdict(model.preprocessing),
+                   "flops": count_flops(model.to("meta").requires_grad_(False))}
 
 
 def count_parameters(model: CLIP | ViT) -> dict[str, int]:
@@ -145,7 +158,8 @@ def show(report: dict[str, Any]) -> None:
         column.justify = "right"
     for part, count in report["parameters"].items():
         counts.add_row(part, f"{count:,}", f"{count / report['parameters']['total']:.1%}")
-    told = speech_sentences if "streams" in report else language_sentences if "context" in report else sentences
+    ways = {"streams": speech_sentences, "codebooks": codec_sentences, "context": language_sentences}
+    told = next((ways[key] for key in ways if key in report), sentences)
     for name, sentence in (memory(report) | told(report)).items():
         facts.add_row(name, sentence)
     console = Console(highlight=False)

@@ -10,7 +10,9 @@ from mm.tables import IDENTITY
 
 from ..spec import MimiSpec
 from .hf import HF, HF_HALVES
-from .kyutai import KYUTAI, KYUTAI_MEMORY, read_file
+from .kyutai import KYUTAI, KYUTAI_MEMORY, is_codec, read_file
+
+__all__ = ["FAMILIES", "is_codec"]
 
 
 def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:

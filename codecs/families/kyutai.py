@@ -116,6 +116,11 @@ def table(spec: MimiSpec, names: Iterable[str]) -> Table:
     return table_of(spec, layout | older)
 
 
+def is_codec(path: Path) -> bool:
+    """Whether a file of weights holds a Mimi under Kyutai's names."""
+    return NAMES["downsample"] in checkpoint.open_files([path], False).shapes
+
+
 def read_file(path: Path) -> Opened:
     """A file on its own, which has Kyutai's keys: with the settings beside it, or the official ones and as many
     codebooks as it holds. Raises InputError for another file."""
