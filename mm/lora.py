@@ -9,16 +9,17 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
+from mm.depth import StepLinear
 from mm.errors import InputError
 from mm.grouped import StackedLinear
 from mm.linear import FusedLinear
 
-LINEAR = nn.Linear | FusedLinear | StackedLinear
+LINEAR = nn.Linear | FusedLinear | StackedLinear | StepLinear
 
 
 class LowRank(nn.Module):
     """weight (..., out, D) -> weight + alpha / rank * up @ down, where every part of a fused weight, and every expert
-    of stacked ones, has a pair of its own.
+    or step of stacked ones, has a pair of its own.
 
     `down` (parts, rank, D) starts random, `up` (out, rank) at zero, so that nothing changes at first.
     """

@@ -21,6 +21,8 @@ KINDS = {  # what trains, the class of its settings, what it is
                   "a byte-level BPE tokenizer from a corpus"),
     "lm": ("mm.recipes.train.fit_lm:fit", "mm.recipes.train.lm_settings:LmJob",
            "a language model on texts or conversations, from scratch or from a checkpoint"),
+    "duplex": ("mm.recipes.train.fit_duplex:fit", "mm.recipes.train.duplex_settings:DuplexJob",
+               "a duplex model on stereo conversations with aligned words, from scratch or from a checkpoint"),
 }
 CONFIGS = Path(__file__).parent.parent / "configs"
 

@@ -1,0 +1,210 @@
+"""Conversations as codes: read, or encoded once and kept as .mimi files, and cut into rows of packed conversations."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+
+from mm.checkpoint import replacing
+from mm.errors import InputError
+
+from ...codecs.file import Header, Reader, Writer
+from ...codecs.sound import open_sound
+from .sampler import generator
+from .words import read_words, text_stream
+
+if TYPE_CHECKING:
+    from ...codecs.mimi import Mimi
+
+CHUNK = 25  # frames that the codec encodes at a time
+ORDER, HELD_OUT = 30, 31  # the last number of the keys of random generators
+NOWHERE = -1  # the document of padding
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A line of a manifest: a sound file, or two files of codes, and the words."""
+
+    where: str
+    sound: Path | None
+    own: Path | None
+    heard: Path | None
+    words: Path
+
+
+@dataclass(frozen=True, eq=False)
+class Dialogue:
+    """codes (1 + own + heard, T) int32, the text first."""
+
+    where: str
+    codes: np.ndarray
+
+
+def read_manifest(path: str | Path) -> list[Entry]:
+    """Raises InputError that names the line."""
+    file = Path(path).expanduser()
+    try:
+        lines = file.read_text("utf-8").splitlines()
+    except OSError as error:
+        raise InputError(f"{file} cannot be read ({error.strerror})") from None
+    found = [to_entry(file, i + 1, line) for i, line in enumerate(lines) if line.strip()]
+    if not found:
+        raise InputError(f"{file} lists no conversation")
+    return found
+
+
+def to_entry(file: Path, number: int, line: str) -> Entry:
+    where = f"{file}:{number}"
+    try:
+        told = json.loads(line)
+        paths = {name: file.parent / told[name] if told.get(name) else None
+                 for name in ("path", "own", "heard", "alignments")}
+    except (ValueError, AttributeError, TypeError):
+        raise InputError(f"{where} should hold a JSON object of paths, not {line!r:.60}") from None
+    if (paths["path"] is None) == (paths["own"] is None or paths["heard"] is None):
+        raise InputError(f"{where} should name a path, or own and heard")
+    words = paths["alignments"] or (paths["path"] and paths["path"].with_suffix(".json"))
+    if words is None:
+        raise InputError(f"{where} names no alignments")
+    return Entry(where, paths["path"], paths["own"], paths["heard"], words)
+
+
+# ----------------------------------------------------------------------------------------- codes
+class Codes:
+    """Both voices of an entry as codes, from .mimi files or, by a codec that is opened when it is needed, from a sound
+    file, kept as such files in `cache`."""
+
+    def __init__(self, cache: Path, codec: str | None, own: int, heard: int):
+        self.cache, self.codec, self.sizes, self.model = cache, codec, (own, heard), None
+
+    def read(self, entry: Entry) -> tuple[np.ndarray, float]:
+        """((own + heard, T), frames a second). Raises InputError for files that do not fit."""
+        paths = (entry.own, entry.heard) if entry.sound is None else self.kept(entry)
+        parts, headers = [], []
+        for path, size in zip(paths, self.sizes, strict=True):
+            reader = Reader(path)
+            if reader.header.codebooks < size:
+                raise InputError(f"{path} holds {reader.header.codebooks} codebooks, {size} are needed")
+            blocks = [block[:size] for block in reader.blocks(4096)]
+            parts.append(torch.cat(blocks, 1).numpy())
+            headers.append(reader.header)
+        if headers[0].weights != headers[1].weights or headers[0].frame != headers[1].frame:
+            raise InputError(f"{paths[0]} and {paths[1]} were encoded by different codecs")
+        frames = min(part.shape[1] for part in parts)
+        return np.concatenate([part[:, :frames] for part in parts]), headers[0].rate / headers[0].frame
+
+    def kept(self, entry: Entry) -> tuple[Path, Path]:
+        stat = entry.sound.stat() if entry.sound.is_file() else None
+        name = hashlib.sha256(f"{entry.sound.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {self.codec} "
+                              f"{self.sizes}".encode()).hexdigest()[:24]
+        paths = tuple(self.cache / f"{name}.{side}.mimi" for side in ("own", "heard"))
+        if not all(path.exists() for path in paths):
+            self.encode(entry, paths)
+        return paths
+
+    def encode(self, entry: Entry, paths: tuple[Path, Path]) -> None:
+        sound = open_sound(entry.sound)
+        if sound.channels != 2:
+            raise InputError(f"{entry.sound} has {sound.channels} channel, a conversation has two: left speaks, right "
+                             "is heard")
+        model = self.opened()
+        wave = torch.cat(list(sound.blocks(model.spec.rate, 2)), 1)
+        codes = encoded(model, wave, max(self.sizes))
+        self.cache.mkdir(parents=True, exist_ok=True)
+        for path, one, size in zip(paths, codes, self.sizes, strict=True):
+            header = Header(model=str(self.codec), weights=self.fingerprint, rate=model.spec.rate,
+                            frame=model.spec.frame, channels=1, codebooks=max(size, 1), size=model.spec.quantizer.size)
+            with replacing(path) as part, open(part, "r+b") as file:
+                writer = Writer(file, header)
+                writer.write(one[:header.codebooks])
+                writer.finish(wave.shape[1])
+
+    def opened(self) -> Mimi:
+        from ...codecs.mimi import Mimi
+
+        if self.codec is None:
+            raise InputError("conversations of sound files need data.codec, a Mimi directory or hub name")
+        if self.model is None:
+            self.model = Mimi.from_pretrained(self.codec, dtype=torch.float32)
+            self.fingerprint = self.model.fingerprint()
+        return self.model
+
+
+def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
+    """wave (2, L) -> (2, Q, T), both voices side by side."""
+    state, frame = model.init_state(2, chunk=CHUNK), model.spec.frame
+    wave = torch.nn.functional.pad(wave, (0, -wave.shape[1] % frame)).unsqueeze(1)
+    return torch.cat([model.encode(piece, state=state, codebooks=codebooks)
+                      for piece in wave.split(CHUNK * frame, 2)], 2)
+
+
+def read_dialogues(path: str | Path, codes: Codes, encode: Callable[[str], list[int]], card: int, **text: Any
+                   ) -> list[Dialogue]:
+    """All conversations of a manifest; `text` as in `text_stream`. Raises InputError."""
+    made = []
+    for entry in read_manifest(path):
+        audio, rate = codes.read(entry)
+        if audio.size and audio.max() >= card:
+            raise InputError(f"{entry.where}: a code is {audio.max()}, the model's codebooks have {card}: it was made "
+                             "by another codec")
+        said = text_stream(read_words(entry.words), audio.shape[1], rate, encode, **text)
+        if audio.shape[1]:
+            made.append(Dialogue(entry.where, np.concatenate([said[None], audio]).astype(np.int32)))
+    return made
+
+
+def held_out(dialogues: list[Dialogue], share: float) -> tuple[list[Dialogue], list[Dialogue]]:
+    """(training, evaluation): always the same random ones."""
+    count = min(max(round(len(dialogues) * share), 1), len(dialogues) - 1) if share and len(dialogues) > 1 else 0
+    order = generator(len(dialogues), HELD_OUT).permutation(len(dialogues))
+    out = set(order[:count].tolist())
+    return ([one for i, one in enumerate(dialogues) if i not in out], [dialogues[i] for i in sorted(out)])
+
+
+# ----------------------------------------------------------------------------------------- rows
+@dataclass(frozen=True, eq=False)
+class Packed:
+    """Rows of `length` frames. Every pass (epoch) lays all conversations end to end in another order, by the `seed`
+    (None: as they stand); one that a row cuts goes on in the next as a conversation of its own."""
+
+    dialogues: list[Dialogue]
+    length: int
+    seed: int | None
+
+    @property
+    def frames(self) -> int:
+        return sum(one.codes.shape[1] for one in self.dialogues)
+
+    def __len__(self) -> int:
+        return -(-self.frames // self.length)
+
+    def row(self, epoch: int, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """codes (1 + Q, length) and documents (length,), -1 for padding."""
+        order, ends = laid(self, epoch)
+        at, stop = index * self.length, min((index + 1) * self.length, int(ends[-1]))
+        codes = np.zeros((len(self.dialogues[0].codes), self.length), np.int64)
+        documents, start = np.full(self.length, NOWHERE, np.int64), at
+        place = int(np.searchsorted(ends, at, "right"))
+        while at < stop:
+            one, upto = self.dialogues[order[place]].codes, min(int(ends[place]), stop)
+            first = one.shape[1] - (int(ends[place]) - at)
+            codes[:, at - start:upto - start] = one[:, first:first + upto - at]
+            documents[at - start:upto - start] = order[place]
+            at, place = upto, place + 1
+        return codes, documents
+
+
+@lru_cache(maxsize=4)
+def laid(packed: Packed, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    """The order of the conversations in a pass, and where each ends in it."""
+    count = len(packed.dialogues)
+    order = np.arange(count) if packed.seed is None else generator(packed.seed, epoch, ORDER).permutation(count)
+    return order, np.cumsum([packed.dialogues[i].codes.shape[1] for i in order])

@@ -1,0 +1,109 @@
+"""Batches of conversations for training a duplex model: by step, the same ones after a restart."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import lightning
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from mm.errors import InputError
+from mm.spec import DuplexSpec
+from mm.tokenizer import Tokenizer
+
+from .dialogues import Codes, Packed, held_out, read_dialogues
+from .module import Note
+from .sampler import Order, Steps, readers
+
+if TYPE_CHECKING:
+    from ..train.duplex_settings import DuplexData
+
+
+class DuplexBatch(NamedTuple):
+    """codes (B, 1 + Q, T), text first; documents (B, T), -1 for padding."""
+
+    codes: Tensor
+    documents: Tensor
+    notes: Sequence[Note] = ()
+
+
+def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> DuplexBatch:
+    return DuplexBatch(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+
+
+class Batches(Dataset[DuplexBatch]):
+    """Batch by step: `batches[step]` depends on the step, the seed and the data alone."""
+
+    def __init__(self, packed: Packed, order: Order) -> None:
+        self.packed, self.order = packed, order
+
+    def __getitem__(self, step: int) -> DuplexBatch:
+        return batch_of([self.packed.row(epoch, index) for epoch, index, _ in self.order.rows(step)])
+
+
+class Fixed(Dataset[DuplexBatch]):
+    """All rows as they stand, `batch` at a time, the last ones fewer."""
+
+    def __init__(self, packed: Packed, batch: int) -> None:
+        self.packed, self.batch = packed, batch
+
+    def __len__(self) -> int:
+        return -(-len(self.packed) // self.batch)
+
+    def __getitem__(self, index: int) -> DuplexBatch:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        first = index * self.batch
+        return batch_of([self.packed.row(0, i) for i in range(first, min(first + self.batch, len(self.packed)))])
+
+
+class DuplexModule(lightning.LightningDataModule):
+    """Training batches from any step on, and a fixed set of evaluation batches (`validation`, None without any)."""
+
+    def __init__(self, data: DuplexData, model: DuplexSpec, tokenizer: Tokenizer, seed: int, cache: Path) -> None:
+        super().__init__()
+        self.data, self.spec, self.tokenizer, self.seed = data, model, tokenizer, seed
+        self.cache = Path(data.cache or cache)
+
+    def setup(self, stage: str = "fit") -> None:
+        s, data = self.spec, self.data
+        codes = Codes(self.cache, data.codec, s.own, s.heard)
+
+        def read(path: str) -> list[Any]:
+            return read_dialogues(path, codes, self.tokenizer.encode, s.card, padding=s.text.padding,
+                                  word_end=s.text.word_end, late=data.late)
+        kept = read(data.path)
+        kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
+        self.training = Packed(kept, data.length, self.seed)
+        self.validation = Packed(out, data.length, None) if out else None
+
+    def fingerprint(self) -> str:
+        """Sixteen hex digits of all that is trained on."""
+        made = hashlib.sha256()
+        for one in self.training.dialogues:
+            made.update(one.codes.tobytes())
+        return made.hexdigest()[:16]
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"codes": self.fingerprint()}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Raises InputError where the conversations are not those of the checkpoint."""
+        if state_dict["codes"] != self.fingerprint():
+            raise InputError(f"{self.data.path} does not hold the conversations that this run began with")
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        trainer, (rank, world) = self.trainer, readers(self.trainer)
+        order = Order(count=len(self.training), batch=self.data.batch_size, seed=self.seed, rank=rank, world=world)
+        return DataLoader(Batches(self.training, order), batch_size=None, num_workers=self.data.workers,
+                          sampler=Steps(trainer.global_step, trainer.max_steps),
+                          pin_memory=trainer.strategy.root_device.type == "cuda")
+
+    def evaluation(self) -> Fixed:
+        return Fixed(self.validation, self.data.batch_size)

@@ -1,0 +1,72 @@
+"""Training of a duplex model as a LightningModule."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from mm.duplex import DuplexLM
+from mm.lora import add_lora
+from mm.schema import from_data, to_data
+from mm.spec import DuplexSpec
+
+from ..data.duplex import DuplexBatch
+from ..data.sampler import readers
+from .duplex_loss import losses
+from .duplex_settings import DuplexLoss, DuplexOptim
+from .lm_settings import LmLora
+from .optim import adamw
+from .recipe import Recipe
+
+
+class DuplexRecipe(Recipe):
+    """A duplex model in training and, in `average`, the moving average of its weights. Settings may be given as plain
+    data, as a checkpoint holds them; `module` is a model to go on with."""
+
+    def __init__(self, spec: DuplexSpec | dict[str, Any], optim: DuplexOptim | dict[str, Any],
+                 loss: DuplexLoss | dict[str, Any], seed: int = 0, module: DuplexLM | None = None,
+                 lora: LmLora | dict[str, Any] | None = None, checkpointing: int = 0) -> None:
+        super().__init__(DuplexOptim(**optim) if isinstance(optim, dict) else optim, seed)
+        self.settings = from_data(spec) if isinstance(spec, dict) else spec
+        self.loss = DuplexLoss(**loss) if isinstance(loss, dict) else loss
+        lora = LmLora(**lora) if isinstance(lora, dict) else lora
+        self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
+                                   "loss": asdict(self.loss), "seed": seed, "lora": lora and asdict(lora),
+                                   "checkpointing": checkpointing})
+        self.hold(module or DuplexLM(self.settings),
+                  lora and (lambda model: add_lora(model, lora.rank, lora.alpha, lora.layers)))
+        self.module.stack.checkpoint_blocks(checkpointing)
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return adamw(self.module, self.optim)
+
+    def on_train_batch_start(self, batch: DuplexBatch, batch_idx: int) -> None:
+        super().on_train_batch_start(batch, batch_idx)
+        self.began, self.frames = time.perf_counter(), int((batch.documents >= 0).sum()) * readers(self.trainer)[1]
+
+    def training_step(self, batch: DuplexBatch, batch_idx: int) -> Tensor:
+        """This process's share of the means over all targets of the batch."""
+        made, world = losses(self.module, batch.codes, self.loss, batch.documents), readers(self.trainer)[1]
+        weight = self.total(made.weight)
+        text, audio = (part / whole.clamp(min=1e-9) for part, whole in zip(made[:2], weight, strict=True))
+        right, said = self.total(made.right), self.total(made.said).clamp(min=1)
+        self.last = {"loss": self.total(text + audio), "text": self.total(text), "audio": self.total(audio),
+                     "perplexity": (self.total(made.entropy) / self.total(made.words).clamp(min=1)).exp(),
+                     "right": (right / said).mean() if len(right) else right.sum(),
+                     "lr": self.optimizers().param_groups[0]["lr"]}
+        return (text + audio) * world
+
+    def total(self, x: Tensor) -> Tensor:
+        """Its sum over the processes that read different rows, without gradient."""
+        x = x.detach().clone()
+        if readers(self.trainer)[1] > 1:
+            dist.all_reduce(x, group=self.device_mesh["data_parallel"].get_group() if self.hollow else None)
+        return x
+
+    def after_step(self) -> None:
+        self.last["frames/s"] = self.frames / (time.perf_counter() - self.began)

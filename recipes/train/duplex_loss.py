@@ -1,0 +1,116 @@
+"""The loss of a duplex model: of its text and of the codes that it says, each a weighted mean, never those it hears."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from mm.conditions import Conditioned
+from mm.duplex import DuplexLM
+
+from .duplex_settings import DuplexLoss
+
+LOGITS = 1 << 21  # logits that are held at once
+
+
+class Losses(NamedTuple):
+    """text and audio: sums of weighted cross-entropies, and (2,) the sums of their weights; without gradient, entropy:
+    of the text, a sum without weights over `words` targets, and right (own,) of `said` (own,) codes."""
+
+    text: Tensor
+    audio: Tensor
+    weight: Tensor
+    entropy: Tensor
+    words: Tensor
+    right: Tensor
+    said: Tensor
+
+
+def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tensor | None = None,
+           conditions: Conditioned | None = None) -> Losses:
+    """codes (B, 1 + Q, T), documents (B, T) of packed conversations. Tokens that are not there and those that stand
+    before a stream's first do not count; the padding of the text counts less, the first codebook more."""
+    frames, s = model.frames(codes, documents), model.spec
+    hidden = model.hidden(frames.inputs, conditions, documents=documents)
+    text, known = frames.targets[:, 0].flatten(), frames.known[:, 0].expand(len(codes), -1).flatten()
+    idle = (text == s.text.padding) | (text == s.text.word_end)
+    counts = known * torch.where(idle, settings.text_padding, 1.0)
+    summed, entropy, _ = score(hidden.flatten(0, 1)[None], model.head.weight[None], model.head.bias, text[None],
+                               counts[None], known[None])
+    own = frames.targets[:, 1:1 + s.own].transpose(0, 1).flatten(1)
+    there = frames.known[:, 1:1 + s.own].expand(len(codes), -1, -1).transpose(0, 1).flatten(1)
+    worth = there * torch.tensor([settings.first_codebook, *[1.0] * (s.own - 1)][:s.own],
+                                 device=codes.device)[:, None]
+    if model.depth is None:
+        audio, right = summed.new_zeros(()), worth.new_zeros(0)
+    else:
+        deep, head = model.depth.hidden(hidden, frames.targets[:, :1 + s.own]).flatten(1, 2), model.depth.head
+        audio, _, right = score(deep, head.weight, head.bias, own, worth, there)
+    return Losses(summed.sum(), audio.sum(), torch.stack([counts.sum(), worth.sum()]), entropy.sum(), known.sum(),
+                  right, there.sum(1))
+
+
+def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, known: Tensor
+          ) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (K, N, D), weight (K, V, D), bias (K or none, V), targets, counts and known (K, N) -> for each k, sums
+    over n: of `counts` times the cross-entropy, of the entropy where `known`, and of the targets that are likeliest
+    there; the last two without gradient. Few logits exist at a time."""
+    if torch.is_autocast_enabled(hidden.device.type):
+        kind = torch.get_autocast_dtype(hidden.device.type)
+        hidden, weight = hidden.to(kind), weight.to(kind)
+    return Scores.apply(hidden, weight, bias, targets.masked_fill(~known, 0), counts, known)
+
+
+class Scores(torch.autograd.Function):
+    """Gradients are made in the forward pass, chunk by chunk, and only scaled in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor,
+                known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        exact, (steps, length, _) = torch.promote_types(hidden.dtype, torch.float32), hidden.shape
+        rows = max(LOGITS // (steps * weight.shape[1]), 1)
+        sums = hidden.new_zeros(3, steps, dtype=exact)
+        grads = [torch.zeros_like(x, dtype=exact) if x is not None and needed else None
+                 for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)]
+        with torch.autocast(hidden.device.type, enabled=False):
+            for i in range(0, length, rows):
+                cut = slice(i, i + rows)
+                logits = torch.bmm(hidden[:, cut], weight.mT).to(exact)
+                logits = logits if bias is None else logits.add_(bias.unsqueeze(-2))
+                hit, share, there = targets[:, cut, None], counts[:, cut].to(exact), known[:, cut].to(exact)
+                log_z, likeliest = logits.logsumexp(-1), logits.argmax(-1)
+                loss = log_z - logits.gather(2, hit)[..., 0]
+                sums += torch.stack([(loss * share).sum(1), (loss * there).sum(1),
+                                     ((likeliest == hit[..., 0]) * there).sum(1)])
+                if any(grad is not None for grad in grads):
+                    slope = logits.sub_(log_z.unsqueeze(-1)).exp_().mul_(share.unsqueeze(-1))
+                    slope.scatter_add_(2, hit, -share.unsqueeze(-1))
+                    collect(grads, cut, hidden[:, cut], weight, slope.to(hidden.dtype))
+        ctx.save_for_backward(*(None if grad is None else grad.to(x.dtype)
+                                for grad, x in zip(grads, (hidden, weight, bias), strict=True)))
+        made = tuple(one.clone() for one in sums)
+        ctx.mark_non_differentiable(*made[1:])
+        return made
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, bias = ctx.saved_tensors
+        each = slope[:, None, None]
+        if bias is not None:
+            bias = bias * (each[..., 0] if bias.ndim == 2 else slope).to(bias.dtype)
+        return *(None if grad is None else grad * each.to(grad.dtype) for grad in (hidden, weight)), bias, *[None] * 3
+
+
+def collect(grads: list[Tensor | None], cut: slice, hidden: Tensor, weight: Tensor, slope: Tensor) -> None:
+    """Adds what one chunk gives to the gradients of hidden, weight and bias."""
+    if grads[0] is not None:
+        grads[0][:, cut] = torch.bmm(slope, weight)
+    if grads[1] is not None and grads[1].dtype == slope.dtype:
+        grads[1].baddbmm_(slope.mT, hidden)
+    elif grads[1] is not None:
+        grads[1] += torch.bmm(slope.mT, hidden)
+    if grads[2] is not None:
+        grads[2] += slope.sum(1) if grads[2].ndim == 2 else slope.sum((0, 1))

@@ -1,0 +1,126 @@
+"""What can be set about the training of a duplex model, as plain dataclasses that import nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+from mm.errors import InputError
+
+from .lm_settings import LmLora
+from .settings import Export, Optim, Trainer
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexData:
+    """Conversations with the time of every word.
+
+    path: a .jsonl file with a conversation a line: `path`, a stereo sound file (left speaks, right is heard), or `own`
+    and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a list
+    `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks. Paths are from that file's
+    folder. val: another such file, to evaluate on. holdout: the share of the conversations that is held out where
+    there is no `val`. codec: a Mimi, to encode sound files with. cache: the folder that keeps their codes (none: one in
+    the run's directory). tokenizer: a directory with the tokenizer of the text (none: the model's).
+    late: whether a word that is still being written when the next one begins is dropped, or shifts it.
+    length: frames of a row. batch_size: rows of all processes together. workers: processes that make batches.
+    """
+
+    path: str
+    val: str | None = None
+    holdout: float = 0.05
+    codec: str | None = None
+    cache: str | None = None
+    tokenizer: str | None = None
+    late: Literal["drop", "shift"] = "drop"
+    length: int = 250
+    batch_size: int = 8
+    workers: int = 0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.holdout < 1:
+            raise InputError(f"data.holdout must lie in [0, 1), not {self.holdout}")
+        for name in ("length", "batch_size"):
+            if getattr(self, name) < 1:
+                raise InputError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexShape:
+    """A model to be trained from scratch, in the layout of Moshi, with `own` and `heard` codebooks of the data.
+
+    width, depth, heads, kv_heads and mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+    context: frames that it sees. deep_width, deep_depth, deep_heads: of the depth transformer; sets: how many sets of
+    weights its steps have, the last of which the later steps share (none: one each). rank: of its embeddings' tables
+    (none: as wide as it is). delay: in frames, of all codebooks but a voice's first.
+    """
+
+    width: int = 320
+    depth: int = 6
+    heads: int = 5
+    kv_heads: int | None = None
+    mlp: float = 2.75
+    context: int = 250
+    deep_width: int = 192
+    deep_depth: int = 2
+    deep_heads: int = 3
+    sets: int | None = None
+    rank: int | None = None
+    delay: int = 1
+
+    def __post_init__(self) -> None:
+        for width, heads in ((self.width, self.heads), (self.deep_width, self.deep_heads)):
+            if width % heads or width // heads % 2:
+                raise InputError(f"a width of {width} does not give {heads} heads of one even width")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexLoss:
+    """Cross-entropy of the text plus that of the codes, each a weighted mean over what the model itself says.
+
+    first_codebook: what a code of the first codebook counts for, the others count 1. text_padding: what padding of the
+    text counts for, words count 1.
+    """
+
+    first_codebook: float = 100.0
+    text_padding: float = 0.5
+
+    def __post_init__(self) -> None:
+        if min(self.first_codebook, self.text_padding) < 0:
+            raise InputError("loss.first_codebook and text_padding must not be negative")
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexOptim(Optim):
+    lr: float = 1e-3
+    beta2: float = 0.95
+    eps: float = 1e-8
+    ema: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class DuplexJob:
+    """Train a duplex model on conversations, or go on with one.
+
+    out: the directory of the run; the same command continues what is there. model: a checkpoint (directory or hub name)
+    to go on from, with its own tokenizer, instead of a new `shape`. lora: none trains the model itself.
+    checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
+    shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
+    """
+
+    data: DuplexData
+    out: str = "runs/duplex"
+    model: str | None = None
+    shape: DuplexShape = DuplexShape()
+    loss: DuplexLoss = DuplexLoss()
+    lora: LmLora | None = None
+    checkpointing: int = 0
+    shard: bool = False
+    optim: DuplexOptim = DuplexOptim()
+    trainer: Trainer = Trainer()
+    export: Export = Export()
+
+    def __post_init__(self) -> None:
+        if self.checkpointing < 0:
+            raise InputError(f"checkpointing must not be negative, not {self.checkpointing}")
+        if self.model is None and self.data.tokenizer is None:
+            raise InputError("a new model needs data.tokenizer, a directory with the tokenizer of the text")

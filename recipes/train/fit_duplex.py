@@ -1,0 +1,156 @@
+"""One run of `mm train duplex`, from settings to a model directory."""
+
+from __future__ import annotations
+
+import math
+import sys
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from mm import spec
+from mm.checkpoint import write_json
+from mm.duplex import DuplexLM
+from mm.lora import merge_lora
+from mm.schema import require
+from mm.tokenizer import Tokenizer, load_tokenizer
+
+from ...codecs.file import Reader
+from ..data.dialogues import Codes, read_manifest
+from ..data.duplex import Batches, DuplexModule, Fixed
+from ..data.sampler import Order
+from .duplex import DuplexRecipe
+from .duplex_loss import losses
+from .duplex_settings import DuplexJob, DuplexLoss, DuplexShape
+from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
+from .shard import strategy
+from .watch import CURVES, Watch
+
+COLUMNS = ("loss", "text", "audio", "perplexity", "right", "lr", "gradient", "frames/s")
+CODES = "codes"
+NORM = spec.RMSNorm(eps=1e-8, order="scale_then_cast")
+STREAMS = 8  # codebooks of each voice where the data are sound files
+
+
+def fit(job: DuplexJob) -> None:
+    """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
+    out, checkpoint = start(job)
+    model, data = prepare(job)
+    recipe = DuplexRecipe(model.spec, job.optim, job.loss, job.trainer.seed, model, job.lora, job.checkpointing)
+    measure = partial(evaluate, data.evaluation(), job.loss) if data.validation is not None else None
+    watch = Watch(out, job.trainer, measure, COLUMNS, partial(conversations, data))
+    trainer = lightning_trainer(job.trainer, watch, strategy(job.shard, job.trainer.devices))
+    if trainer.is_global_zero:
+        introduce(job, data, recipe.module, checkpoint)
+    trainer.fit(recipe, data, ckpt_path=checkpoint, weights_only=True)
+    average = recipe.whole_average()
+    if trainer.is_global_zero:
+        merge_lora(average)
+        export(average, out / MODEL, job.export.dtype)
+        write_json(out / METRICS, facts(job, recipe, watch) | {
+            "length": job.data.length, "frames": data.training.frames,
+            "parameters": sum(p.numel() for p in recipe.module.parameters())})
+        told = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
+        print((f"on what was held out: {told}\n" if told else "") + f"wrote {out / MODEL}, {out / METRICS} and "
+              f"{out / CURVES}", file=sys.stderr)
+
+
+def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
+    """What trains, and what it trains on: sound files are encoded, unless their codes are there."""
+    cache = Path(job.data.cache or Path(job.out) / CODES)
+    given = None if job.model is None else DuplexLM.from_pretrained(job.model, dtype=torch.float32)
+    tokenizer = tokenizer_for(job, given)
+    torch.manual_seed(job.trainer.seed)
+    model = given or DuplexLM(new_spec(job.shape, tokenizer, *sizes(job, cache)))
+    require(tokenizer.vocab_size <= model.spec.text.vocab,
+            f"the tokenizer has {tokenizer.vocab_size} entries, the model's text {model.spec.text.vocab}: it is not "
+            "this model's tokenizer")
+    model.tokenizer = tokenizer
+    data = DuplexModule(job.data, model.spec, tokenizer, job.trainer.seed, cache)
+    data.setup()
+    return model.train(), data
+
+
+def tokenizer_for(job: DuplexJob, model: DuplexLM | None) -> Tokenizer:
+    """Raises InputError where there is none."""
+    if job.data.tokenizer:
+        tokenizer = load_tokenizer(job.data.tokenizer)
+        require(tokenizer is not None, f"data.tokenizer {job.data.tokenizer} is no directory with a tokenizer")
+        return tokenizer
+    require(model.tokenizer is not None, f"{job.model} has no tokenizer: give one with data.tokenizer")
+    return model.tokenizer
+
+
+def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
+    """(own, heard, entries of a codebook) of the first conversation."""
+    first = read_manifest(job.data.path)[0]
+    if first.sound is not None:
+        q = Codes(cache, job.data.codec, STREAMS, STREAMS).opened().spec.quantizer
+        return min(STREAMS, q.codebooks), min(STREAMS, q.codebooks), q.size
+    own, heard = (Reader(path).header for path in (first.own, first.heard))
+    return own.codebooks, heard.codebooks, own.size
+
+
+def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, card: int) -> spec.DuplexSpec:
+    """In the layout of Moshi. The text has two tokens more than the tokenizer, if its first ones are words: padding and
+    the end of it."""
+    def layer(width: int, heads: int, kv_heads: int | None, sight: spec.Sight, rope: spec.Rope | None) -> spec.Layer:
+        plain = {"q_bias": False, "k_bias": False, "v_bias": False, "out_bias": False}
+        mixer = spec.Attention(heads=heads, kv_heads=kv_heads or heads, head_dim=width // heads, sight=sight, rope=rope,
+                               **plain)
+        mlp = spec.Mlp(hidden=-(-int(width * shape.mlp) // 32) * 32, act="silu", gated=True, up_bias=False,
+                       down_bias=False)
+        return spec.Layer(mixer=mixer, mlp=mlp, norm=NORM)
+    temporal = layer(shape.width, shape.heads, shape.kv_heads, spec.Sight(left=shape.context - 1, right=0),
+                     spec.Rope(layout="interleaved"))
+    deep = layer(shape.deep_width, shape.deep_heads, None, spec.Sight(right=0), None)
+    sets = min(shape.sets or own, own)
+    voices = [[0, *[shape.delay] * (count - 1)][:count] for count in (own, heard)]
+    words = tokenizer.vocab_size
+    return spec.DuplexSpec(
+        text=spec.TextStream(vocab=words + 2, padding=words, word_end=words + 1), card=card, context=shape.context,
+        stack=spec.Stack(dim=shape.width, layers=(temporal,) * shape.depth, final_norm=NORM),
+        delays=(0, *voices[0], *voices[1]), depth=spec.Depth(
+            stack=spec.Stack(dim=shape.deep_width, layers=(deep,) * shape.deep_depth), rank=shape.rank,
+            weights=tuple(min(k, sets - 1) for k in range(own))))
+
+
+@torch.inference_mode()
+def evaluate(batches: Fixed, settings: DuplexLoss, model: nn.Module) -> dict[str, float]:
+    """The text's perplexity, and the share of codes foreseen, by codebook, over all evaluation batches."""
+    training, device = model.training, next(model.parameters()).device
+    model.eval()
+    try:
+        made = [losses(model, batch.codes.to(device), settings, batch.documents.to(device))
+                for batch in (batches[i] for i in range(len(batches)))]
+    finally:
+        model.train(training)
+    summed = {name: sum(getattr(one, name) for one in made) for name in made[0]._fields}
+    text, audio = ((summed[name] / weight.clamp(min=1e-9)).item()
+                   for name, weight in zip(("text", "audio"), summed["weight"], strict=True))
+    entropy = (summed["entropy"] / summed["words"].clamp(min=1)).item()
+    right = (summed["right"] / summed["said"].clamp(min=1)).tolist()
+    return {"loss": text + audio, "text": text, "audio": audio, "perplexity": math.exp(min(entropy, 700.0)),
+            **{f"codebook {k + 1} right": share for k, share in enumerate(right)}}
+
+
+def conversations(data: DuplexModule, step: int) -> str:
+    """What the batch before this step was made of, in words."""
+    order = Order(count=len(data.training), batch=data.data.batch_size, seed=data.seed)
+    found = dict.fromkeys(Batches(data.training, order)[step - 1].documents.flatten().tolist())
+    places = [data.training.dialogues[i].where for i in found if i >= 0]
+    more = f" and {len(places) - 5} more" if len(places) > 5 else ""
+    return f"the conversations at {'; '.join(places[:5])}{more}"
+
+
+def introduce(job: DuplexJob, data: DuplexModule, model: DuplexLM, checkpoint: Path | None) -> None:
+    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) / 1e6
+              for trained in (False, True)]
+    held: Any = data.validation.frames if data.validation else 0
+    print(f"{len(data.training.dialogues)} conversations of {data.training.frames:,} frames, {held:,} frames to "
+          f"evaluate on, {counts[0]:.2f} million parameters, {counts[1]:.2f} trained, {job.trainer.max_steps} steps of "
+          f"{job.data.batch_size} x {job.data.length} frames"
+          + (f"\ncontinuing {checkpoint}" if checkpoint else ""), file=sys.stderr)
