@@ -80,7 +80,7 @@ def decode(model: Whisper, windows: Sequence[Window], rules: Rules, generator: t
              *window.begin] for window in windows]
     ids, mask = padded_left(rows, tokens.end, memory.at.position.device)
     state = model.decoder.init_state(len(rows), length=ids.shape[1] + context // 2)
-    hidden = model.decoder.hidden(ids, memory=memory, mask=mask, state=state)
+    hidden = model.decoder.hidden(ids, memory=memory, mask=mask, state=state, within=ids.shape[1])
     silence = model.decoder.logits(hidden[:, -len(windows[0].begin)]).float().softmax(-1)[:, tokens.no_speech].tolist()
     said = ids[:, :0]
     total = torch.zeros(len(rows), device=ids.device)
@@ -96,7 +96,7 @@ def decode(model: Whisper, windows: Sequence[Window], rules: Rules, generator: t
         done = done | (following[:, 0] == tokens.end)
         if bool(done.all()) or max(map(len, rows)) + said.shape[1] > context:
             break
-        hidden = model.decoder.hidden(following, memory=memory, state=state)
+        hidden = model.decoder.hidden(following, memory=memory, state=state, within=ids.shape[1] + said.shape[1])
     return [summed(model, row, *rest) for row, *rest in
             zip(said.tolist(), total.tolist(), silence, (window.temperature for window in windows), strict=True)]
 

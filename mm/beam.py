@@ -66,6 +66,7 @@ def beam_search(model: TextDecoder, ids: Tensor | Sequence[Sequence[int]], *, be
     state, logits = state.select(each), logits.index_select(0, each)
     memory = memory and memory.select(each)
     searches = [Search([([], 0.0)] + [([], -1e9)] * (beams - 1)) for _ in rows]
+    longest = max(map(len, rows))
     for step in range(1, room + 1):
         picks = candidates(logits, searches, beams, keep=max(2, 1 + len(ends)) * beams)
         origin, token = [], []
@@ -76,7 +77,8 @@ def beam_search(model: TextDecoder, ids: Tensor | Sequence[Sequence[int]], *, be
         if step == room or all(search.done for search in searches):
             break
         state = state.select(torch.tensor(origin, device=device))
-        hidden = model.hidden(torch.tensor(token, device=device)[:, None], state=state, memory=memory)
+        hidden = model.hidden(torch.tensor(token, device=device)[:, None], state=state, memory=memory,
+                              within=longest + step)
         logits = model.logits(hidden)[:, -1]
     return [search.found[0] for search in searches]
 
@@ -91,7 +93,7 @@ def prefill(model: TextDecoder, rows: list[list[int]], room: int, memory: Memory
     ids = torch.tensor([row + [0] * (longest - len(row)) for row in rows], device=device)
     last = torch.tensor(lengths, device=device)
     mask = torch.arange(longest, device=device) < last[:, None]
-    hidden = model.hidden(ids, mask=mask, state=state, memory=memory)
+    hidden = model.hidden(ids, mask=mask, state=state, memory=memory, within=longest)
     return state, model.logits(hidden[torch.arange(len(rows), device=device), last - 1])
 
 

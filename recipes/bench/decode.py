@@ -6,18 +6,19 @@ from __future__ import annotations
 import argparse
 import tempfile
 from collections.abc import Callable
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from mm.arrange import arrange
+from mm.arrange import arrange, arrange_for_rows
 from mm.decoder import TextDecoder
 from mm.errors import InputError
 from mm.quantize import quantize
 from mm.sampling import Sampling
 
 from ..search.arguments import positive
-from .report import Case, cores, interleave, report
+from .report import Case, cores, in_turns, report
 
 PACKAGES = ("torch", "transformers")
 VOCAB, PROMPT, NEW, LONG, ROWS = 49152, 128, 128, 1024, 8
@@ -43,47 +44,50 @@ def measure(repeats: int) -> list[Case]:
     torch.manual_seed(0)
     with tempfile.TemporaryDirectory() as folder:
         theirs, halves = peers(folder)
-        models = [TextDecoder.from_pretrained(folder) for _ in range(3)]
-    several, single, int8 = map(our_writer, (models[0], arrange(models[1]), quantize(models[2])))
+        models = [TextDecoder.from_pretrained(folder) for _ in range(4)]
+    plain, int8 = arrange(models[0]), quantize(models[1])
+    single, several, eight = map(writer, (plain, arrange_for_rows(models[2]), int8))
+    compiled, eight_compiled = writer(models[3], compiled=True), writer(int8, compiled=True)
     one, many, long = (torch.randint(VOCAB, shape) for shape in ((1, PROMPT), (ROWS, PROMPT), (1, LONG)))
-    for ours, ids in ((single, one), (several, many)):
+    for ours, ids in ((single, one), (compiled, one), (several, many)):
         if ours(ids, NEW // 4) != theirs(ids, NEW // 4):
             raise InputError("our greedy tokens are not transformers', so that a timing would mean nothing")
-    best = fastest({"fp32": theirs, **halves}, one)
-    return [race("fp32", single, theirs, one, NEW, repeats, 1.5),
-            race(f"int8 weights, peer {best}", int8, {"fp32": theirs, **halves}[best], one, NEW, repeats, 3.0),
-            bandwidth(models[1], single, one, repeats),
-            race(f"fp32, {ROWS} rows", several, theirs, many, NEW, repeats, 1.3),
-            race(f"fp32, a prompt of {LONG} read", several, theirs, long, 1, repeats, 1.0)]
+    eight_compiled(one, 2)
+    best = fastest(everyone := {"fp32": theirs, **halves}, one)
+    return [*race({"fp32": single, "fp32, compiled step": compiled}, "fp32", theirs, one, NEW, repeats, 1.5),
+            *race({"int8 weights": eight, "int8 weights, compiled step": eight_compiled}, best, everyone[best], one,
+                  NEW, repeats, 3.0),
+            bandwidth(plain, compiled, one, repeats),
+            *race({f"fp32, {ROWS} rows": several}, "fp32", theirs, many, NEW, repeats, 1.3),
+            *race({f"fp32, a prompt of {LONG} read": single}, "fp32", theirs, long, 1, repeats, 1.0)]
 
 
-def race(name: str, ours: Write, peer: Write, ids: Tensor, new: int, repeats: int, at_least: float) -> Case:
-    """Tokens per second: those written, or those read where one is written."""
-    timing = interleave(lambda: ours(ids, new), lambda: peer(ids, new), repeats, warmup=0)
-    count = ids.shape[0] * new if new > 1 else ids.numel()
-    return Case(case=name, ours=count / timing.ours, peer=count / timing.peer, ratio=timing.ratio, at_least=at_least,
-                unit="tokens/s")
+def race(writers: dict[str, Write], kind: str, peer: Write, ids: Tensor, new: int, repeats: int, at_least: float
+         ) -> list[Case]:
+    """Tokens per second of each: those written, or those read where one is written. The peer is never compiled."""
+    calls = {name: partial(write, ids, new) for name, write in {**writers, "peer": peer}.items()}
+    seconds, count = in_turns(calls, repeats, warmup=0), ids.shape[0] * new if new > 1 else ids.numel()
+    return [Case(case=f"{name}; peer {kind}, as it is", ours=count / seconds[name], peer=count / seconds["peer"],
+                 ratio=seconds["peer"] / seconds[name], at_least=at_least, unit="tokens/s") for name in writers]
 
 
 def bandwidth(model: nn.Module, write: Write, ids: Tensor, repeats: int) -> Case:
     """Bytes of weights that decoding reads per second, beside a plain sum over a gigabyte."""
     block = torch.ones(1 << 28)
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    whole = interleave(lambda: write(ids, NEW), block.sum, repeats)
-    first = interleave(lambda: write(ids, 1), block.sum, repeats)
-    ours, peer = size * (NEW - 1) / (whole.ours - first.ours) / 1e9, 4e-9 * len(block) / min(whole.peer, first.peer)
-    return Case(case="fp32, weights read, beside memory", ours=ours, peer=peer, ratio=ours / peer, at_least=0.6,
-                unit="GB/s")
+    seconds = in_turns({"whole": partial(write, ids, NEW), "first": partial(write, ids, 1), "sum": block.sum}, repeats)
+    ours, peer = size * (NEW - 1) / (seconds["whole"] - seconds["first"]) / 1e9, 4e-9 * len(block) / seconds["sum"]
+    return Case(case="fp32, compiled step, weights read, beside memory", ours=ours, peer=peer, ratio=ours / peer,
+                at_least=0.6, unit="GB/s")
 
 
 def fastest(writers: dict[str, Write], ids: Tensor) -> str:
-    def seconds(write: Write) -> float:
-        return interleave(lambda: write(ids, 16), lambda: None, 1).ours
-    return min(writers, key=lambda name: seconds(writers[name]))
+    seconds = in_turns({name: partial(write, ids, 16) for name, write in writers.items()}, 1)
+    return min(seconds, key=seconds.get)
 
 
-def our_writer(model: TextDecoder) -> Write:
-    return lambda ids, new: [out.ids for out in model.generate(ids, Sampling(max_tokens=new))]
+def writer(model: TextDecoder, compiled: bool = False) -> Write:
+    return lambda ids, new: [out.ids for out in model.generate(ids, Sampling(max_tokens=new), compiled=compiled)]
 
 
 def peers(folder: str) -> tuple[Write, dict[str, Write]]:
@@ -94,11 +98,11 @@ def peers(folder: str) -> tuple[Write, dict[str, Write]]:
     logging.set_verbosity_error()
     logging.disable_progress_bar()
 
-    def writer(model: LlamaForCausalLM) -> Write:
+    def write_by(model: LlamaForCausalLM) -> Write:
         return lambda ids, new: model.eval().generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, do_sample=False, pad_token_id=0,
         )[:, ids.shape[1]:].tolist()
     whole = LlamaForCausalLM(LlamaConfig(**SHAPE))
     whole.save_pretrained(folder)
-    return writer(whole), {name: writer(LlamaForCausalLM.from_pretrained(folder, dtype=dtype))
-                           for name, dtype in HALVES.items()}
+    return write_by(whole), {name: write_by(LlamaForCausalLM.from_pretrained(folder, dtype=dtype))
+                             for name, dtype in HALVES.items()}

@@ -8,7 +8,7 @@ import os
 import platform
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -58,16 +58,19 @@ class Case:
 
 def interleave(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, warmup: int = 1) -> Timing:
     """Calls both in turns, the order swapped every time, after `warmup` untimed calls of each."""
-    for _ in range(warmup):
-        ours()
-        peer()
-    spent: dict[Callable[[], Any], list[float]] = {ours: [], peer: []}
-    for repeat in range(repeats):
-        for call in (ours, peer) if repeat % 2 == 0 else (peer, ours):
+    return Timing(**in_turns({"ours": ours, "peer": peer}, repeats, warmup))
+
+
+def in_turns(calls: Mapping[str, Callable[[], Any]], repeats: int, warmup: int = 1) -> dict[str, float]:
+    """Median seconds of each, called in turns, the order swapped every time, after `warmup` untimed calls."""
+    spent: dict[str, list[float]] = {name: [] for name in calls}
+    for repeat in range(-warmup, repeats):
+        for name in reversed(calls) if repeat > 0 and repeat % 2 else calls:
             start = time.perf_counter()
-            call()
-            spent[call].append(time.perf_counter() - start)
-    return Timing(ours=statistics.median(spent[ours]), peer=statistics.median(spent[peer]))
+            calls[name]()
+            if repeat >= 0:
+                spent[name].append(time.perf_counter() - start)
+    return {name: statistics.median(times) for name, times in spent.items()}
 
 
 def report(bench: str, cases: Sequence[Case], *, packages: Sequence[str], json_file: str | None = None) -> int:
