@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from mm import rope as rotary
 from mm import spec
+from mm.gated import silu_down
 from mm.kernels import attend
 from mm.linear import add, linear, multiply
 from mm.mlp import ACTIVATIONS
@@ -126,7 +127,8 @@ class StepMlp(nn.Module):
 
     def __init__(self, dim: int, settings: spec.Mlp, sets: tuple[int, ...], widths: tuple[int, ...]):
         super().__init__()
-        self.act, self.widths = ACTIVATIONS[settings.act], widths or (settings.hidden,) * (max(sets) + 1)
+        self.act, self.silu = ACTIVATIONS[settings.act], settings.act == "silu" and max(sets) > 0
+        self.widths = widths or (settings.hidden,) * (max(sets) + 1)
         self.up = StepLinear(sets, dim, 2 * max(self.widths))  # gate, then up
         self.down = StepLinear(sets, max(self.widths), dim)
         self.reset_parameters()
@@ -140,7 +142,10 @@ class StepMlp(nn.Module):
             self.down.weight[i, :, width:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        gate, up = self.up(x).chunk(2, -1)
+        both = self.up(x)
+        if self.silu and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
+            return silu_down(both, self.down.of_steps(self.down.weight))
+        gate, up = both.chunk(2, -1)
         return self.down(multiply(self.act(gate), up))
 
     def step(self, x: Tensor, k: int) -> Tensor:

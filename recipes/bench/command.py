@@ -10,6 +10,7 @@ BENCHES = {
     "clip": ("mm.recipes.bench.clip:clip", "ViT-B/32 encode and training step against open_clip"),
     "vit": ("mm.recipes.bench.vit:vit", "ViT-B/16, EVA-02-B and DINOv3-B against timm"),
     "codec": ("mm.recipes.bench.codec:codec", "Mimi in streams and whole against moshi and transformers"),
+    "duplex": ("mm.recipes.bench.duplex:duplex", "a step of a dialogue and of training against moshi, time and memory"),
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
     "decode": ("mm.recipes.bench.decode:decode", "a language model's tokens per second against transformers"),
     "perplexity": ("mm.recipes.bench.perplexity:perplexity", "what few bits of weights and caches cost a decoder"),

@@ -12,7 +12,7 @@ from mm.duplex import DuplexLM
 
 from .duplex_settings import DuplexLoss
 
-LOGITS = 1 << 21  # logits that are held at once
+LOGITS = 1 << 20  # logits that are held at once
 
 
 class Losses(NamedTuple):
