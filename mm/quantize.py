@@ -38,12 +38,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, self.in_features)
-        step = torch.linalg.vector_norm(flat, torch.inf, -1, keepdim=True).clamp_(min=1e-12).div_(LEVELS)
+        step = flat.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(LEVELS)
         exact = flat / step
         coarse = exact.round()
         rows = torch.cat([coarse, exact.sub_(coarse).mul_(2 * LEVELS)])
-        coarse, rest = product(rows, self.packed).split(len(flat))
-        out = torch.add(coarse, rest, alpha=0.5 / LEVELS).mul_(step)
+        out, count = product(rows, self.packed), len(flat)
+        out = torch.add(out[:count], out[count:], alpha=0.5 / LEVELS).mul_(step)
         out = out if self.bias is None else out.add_(self.bias)
         return out.view(*x.shape[:-1], self.out_features)
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -25,6 +26,11 @@ class Turn:
     cos: Tensor
     sin: Tensor
     layout: str
+
+    @cached_property
+    def circle(self) -> Tensor:
+        """(B, 1 or H, T, R / 2) complex, of interleaved pairs."""
+        return torch.complex(self.cos[..., ::2], self.sin[..., 1::2])
 
 
 register(Turn, meta=("layout",))
@@ -65,8 +71,7 @@ def apply(x: Tensor, by: Turn) -> Tensor:
 
 def spun(x: Tensor, by: Turn) -> Tensor:
     """Neighbouring channels turned as complex numbers: one pass over x, where compilers prefer real ones."""
-    circle = torch.complex(by.cos[..., ::2], by.sin[..., 1::2])
-    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * circle).flatten(-2)
+    return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * by.circle).flatten(-2)
 
 
 def check_axes(positions: Tensor, rope: Rope) -> None:
