@@ -235,9 +235,13 @@ def unpack(config: Mapping[str, Any], kind: type[S], where: str) -> S:
 # -------------------------------------------------------------------------------------------- writing
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise."""
+    """A temporary path beside `path` that takes its place when the block ends well, and vanishes otherwise. Raises
+    InputError where nothing can be written."""
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.touch()
+    try:
+        part.touch()
+    except OSError as error:
+        raise InputError(f"{path} cannot be written ({error.strerror})") from None
     mode = part.stat().st_mode  # what the umask grants, where safetensors grants the owner alone
     try:
         yield part

@@ -123,14 +123,25 @@ def decode(args: argparse.Namespace) -> int:
         raise InputError(f"{args.sound}: {args.sound.suffix or 'no suffix'} is not a sound format; "
                          "write to .wav, .flac, .ogg or .mp3")
     start, left = time.perf_counter(), h.samples
-    with (replacing(args.sound) as part, bar("decoding", h.seconds, model) as progress,
-          soundfile.SoundFile(part, "w", h.rate, h.channels, format=kind) as file):
+    with (replacing(args.sound) as part, written(part, h, kind, args.sound) as file,
+          bar("decoding", h.seconds, model) as progress):
         for wave in decoded(model, reader.blocks(CHUNK), CHUNK):
             file.write(wave[0, :, :left].T.clamp(-1, 1).numpy())
             left -= min(left, wave.shape[2])
             progress.step(wave.shape[2] // h.frame)
     print(f"{args.sound}: {h.seconds:.1f} s of sound, {pace(time.perf_counter() - start, h.seconds)}")
     return 0
+
+
+def written(part: Path, header, kind: str, target: Path):
+    """A sound file to write to. Raises InputError for a format that does not take such sound."""
+    import soundfile
+
+    try:
+        return soundfile.SoundFile(part, "w", header.rate, header.channels, format=kind)
+    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+        raise InputError(f"{target}: {kind} takes no {header.channels} channel(s) at {header.rate} Hz "
+                         f"({error})") from None
 
 
 def opened(path: Path, args: argparse.Namespace):
@@ -141,6 +152,14 @@ def opened(path: Path, args: argparse.Namespace):
     if reader.header.weights != args.weights:
         raise InputError(f"{path} was written by another model ({reader.header.model}, weights "
                          f"{reader.header.weights}) than {args.model} (weights {args.weights})")
+    s = model.spec
+    held = {"rate": s.rate, "frame": s.frame, "channels": s.seanet.channels, "size": s.quantizer.size}
+    for name, value in held.items():
+        if getattr(reader.header, name) != value:
+            raise InputError(f"{path} has a broken header: its {name} is {getattr(reader.header, name)}, the model's "
+                             f"{value}")
+    if reader.header.codebooks > s.quantizer.codebooks:
+        raise InputError(f"{path} holds {reader.header.codebooks} codebooks, the model {s.quantizer.codebooks}")
     return reader, model
 
 
