@@ -6,7 +6,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
@@ -163,3 +163,9 @@ def random_codes(model: DuplexLM, batch: int, frames: int) -> Tensor:
     s = model.spec
     return torch.cat([torch.randint(s.text.vocab, (batch, 1, frames)),
                       torch.randint(s.card, (batch, s.codebooks, frames))], 1)
+
+
+class SimpleFrame(NamedTuple):
+    """What stands for a step's frame where only its text counts."""
+
+    written: Tensor
