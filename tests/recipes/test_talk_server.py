@@ -1,0 +1,460 @@
+"""The server of `mm talk`: conversations, their company, and clients that do wrong."""
+
+import asyncio
+import sys
+import threading
+import time
+import types
+
+import numpy as np
+import pytest
+import talking
+from talking import FRAME, Speaker, served, speech
+
+from mm.recipes.talk import engine, protocol, session, sound
+from mm.recipes.talk.dialogues import Dialogues
+from mm.recipes.talk.limits import Limits
+from mm.recipes.talk.wishes import Wishes
+from mm.stop import TextStream
+from mm.tokenizer import load_tokenizer
+
+GREEDY = "text_temperature=0&audio_temperature=0&format=pcm"
+
+
+@pytest.fixture(scope="module")
+def partner(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("words")
+    (folder / "tokenizer_spm_32k_3.model").write_bytes(talking.words())
+    made = talking.partner()
+    made.model.tokenizer = load_tokenizer(folder)
+    return made
+
+
+def alone(partner, wave: np.ndarray, query: dict) -> tuple[np.ndarray, str]:
+    """What the model says to a wave, and its text, without any server."""
+    dialogues, words, s = Dialogues(partner, 1), TextStream(partner.model.tokenizer), partner.model.spec.text
+    dialogues.enter("one", Wishes.of(query))
+    said = [dialogues.step({"one": frame})["one"] for frame in wave.reshape(-1, FRAME)]
+    text = "".join(words.push(one.token) for one in said if one and one.token not in (s.padding, s.word_end))
+    return np.concatenate([one.wave for one in said if one]), text
+
+
+def heard(wave: np.ndarray) -> np.ndarray:
+    """As 16 bits keep it."""
+    return np.concatenate(list(sound.Samples().heard(sound.Samples().said(wave))))
+
+
+async def converse(client, wave: np.ndarray, query: str) -> Speaker:
+    """All of a wave, in pieces of any size, and what comes back to it."""
+    async with Speaker.joined(client, query) as speaker:
+        await speaker.listen(lambda it: 4 in it.kinds)
+        for piece in np.array_split(wave, 7):
+            await speaker.say(piece)
+        await speaker.listen(lambda it: len(it.wave) >= len(wave) - FRAME)
+        await asyncio.sleep(0.1)
+        return speaker
+
+
+def test_a_conversation_is_what_the_model_says_alone(partner):
+    async def go():
+        async with served(partner) as (client, _):
+            return await asyncio.gather(*(converse(client, speech(10, seed), GREEDY) for seed in (1, 2)))
+    for seed, speaker in enumerate(asyncio.run(go()), 1):
+        wave, text = alone(partner, heard(speech(10, seed)), {"text_temperature": "0", "audio_temperature": "0"})
+        assert len(wave) == 9 * FRAME and text
+        assert np.abs(speaker.wave - wave.clip(-1, 1)).max() < 1e-3
+        assert speaker.text and text.startswith(speaker.text)
+        assert speaker.kinds[:2] == [0, 4] and set(speaker.kinds) == {0, 1, 2, 4}
+        assert speaker.told[0]["text_temperature"] == 0 and speaker.told[0]["lag"] == 1
+        assert speaker.told[-1]["dropped_frames"] == 0
+
+
+def test_seeds_and_temperatures_are_each_sessions_own(partner):
+    async def go():
+        async with served(partner, capacity=3) as (client, _):
+            wave, query = speech(8), "format=pcm&text_temperature=1&audio_temperature=1&text_seed=5&audio_seed="
+            return await asyncio.gather(*(converse(client, wave, query + seed) for seed in "117"))
+    first, same, other = asyncio.run(go())
+    assert np.array_equal(first.wave, same.wave) and first.text == same.text
+    assert not np.array_equal(first.wave, other.wave)
+
+
+def test_wishes_for_the_text(partner):
+    """Padding that is much likelier leaves nothing else; a penalty leaves no word twice while it looks back."""
+    dialogues, s = Dialogues(partner, 1), partner.model.spec.text
+    hot = {"text_temperature": "1", "audio_temperature": "0", "text_topk": "0"}
+    dialogues.enter("padded", Wishes.of(hot | {"pad_mult": "100"}))
+    dialogues.enter("new", Wishes.of({"text_temperature": "0", "audio_temperature": "0", "repetition_penalty": "1e2"}))
+    tokens = {"padded": [], "new": []}
+    for frame in speech(12).reshape(-1, FRAME):
+        for key, said in dialogues.step({"padded": frame, "new": frame}).items():
+            tokens[key] += [said.token] if said else []
+    assert set(tokens["padded"]) == {s.padding}
+    words = [token for token in tokens["new"] if token not in (s.padding, s.word_end)]
+    assert len(words) > 3 and len(set(words)) == len(words)
+
+
+def test_the_engine_gives_and_takes_rows(partner):
+    dialogues = Dialogues(partner, 4)
+    greedy = Wishes.of({"text_temperature": "0", "audio_temperature": "0"})
+    frames = speech(9).reshape(-1, FRAME)
+    dialogues.enter("a", greedy)
+    lone = [dialogues.step({"a": frame})["a"] for frame in frames]
+    dialogues.leave("a")
+    assert len(dialogues.keys) == 1
+    for key in "bcd":
+        dialogues.enter(key, greedy)
+    said = []
+    for i, frame in enumerate(frames):
+        company = {"b": frames[-i - 1]} if i in (2, 3) else {}
+        said.append(dialogues.step({"c": frame} | company)["c"])
+        if i == 4:
+            dialogues.leave("b")
+    assert dialogues.keys == ["c", "d"]
+    assert [one and one.token for one in said] == [one and one.token for one in lone]
+    assert max(np.abs(a.wave - b.wave).max() for a, b in zip(said[1:], lone[1:], strict=True)) < 1e-5
+    assert dialogues.step({}) == {}
+
+
+class Device:
+    """In place of sounddevice: blocks of a microphone, and of a loudspeaker that keeps them, as fast as asked for."""
+
+    microphone, loudspeaker, going = [], [], threading.Event()
+
+    def __init__(self, callback, blocksize, **_):
+        self.callback, self.blocksize = callback, blocksize
+
+    def __enter__(self):
+        self.going.clear()
+        self.thread = threading.Thread(target=self.run)
+        self.thread.start()
+
+    def __exit__(self, *_):
+        self.going.set()
+        self.thread.join()
+
+
+class Microphone(Device):
+    def run(self):
+        for block in self.microphone:
+            self.callback(block[:, None], self.blocksize, None, None)
+            self.going.wait(0.01)
+
+
+class Loudspeaker(Device):
+    def run(self):
+        while not self.going.is_set():
+            block = np.zeros((self.blocksize, 1), np.float32)
+            self.callback(block, self.blocksize, None, None)
+            if block.any():
+                self.loudspeaker.append(block[:, 0])
+            self.going.wait(0.002)
+
+
+def test_kyutais_python_client(partner, monkeypatch):
+    """Its own code, unchanged, against the server: ten frames said, nine answered, text printed, no complaint but that
+    it does not know handshakes and metadata."""
+    fake = types.ModuleType("sounddevice")
+    fake.InputStream, fake.OutputStream = Microphone, Loudspeaker
+    monkeypatch.setitem(sys.modules, "sounddevice", fake)
+    client_module = pytest.importorskip("moshi.client", reason="needs the package moshi")
+    Device.microphone, Device.loudspeaker = list(speech(10).reshape(-1, FRAME)), []
+    said, logged = [], []
+    printer = types.SimpleNamespace(log=lambda level, message: logged.append((level, message)), print_lag=lambda: None,
+                                    print_token=said.append, print_pending=lambda: None)
+
+    async def go():
+        async with served(partner) as (client, _), client.ws_connect("/api/chat") as socket:
+            connection = client_module.Connection(printer, socket, asyncio.get_running_loop())
+            running = asyncio.create_task(connection.run())
+            async with asyncio.timeout(20):
+                while len(Device.loudspeaker) < 9:
+                    await asyncio.sleep(0.02)
+            running.cancel()
+            await asyncio.gather(running, return_exceptions=True)
+    asyncio.run(go())
+    assert len(Device.loudspeaker) == 9 and np.abs(np.concatenate(Device.loudspeaker)).max() > 0.1
+    assert said and {level for level, _ in logged} == {"warning"}
+    assert {message for _, message in logged} == {"unknown message kind 0", "unknown message kind 4"}
+
+
+def test_what_kyutais_web_client_asks_of_a_server(partner, monkeypatch):
+    """The handshake first, only kinds that it knows, metadata with all of its fields, and something every 10 s although
+    nobody speaks."""
+    monkeypatch.setattr(session, "KEEPALIVE", 0.1)
+
+    async def go():
+        query = ("text_temperature=0.7&text_topk=25&audio_temperature=0.8&audio_topk=250&pad_mult=0&text_seed=7&"
+                 "audio_seed=8&repetition_penalty_context=64&repetition_penalty=1")
+        async with served(partner) as (client, _), Speaker.joined(client, query) as speaker:
+            await speaker.listen(lambda it: it.kinds.count(6) == 3)
+            await speaker.say(speech(4))
+            await speaker.listen(lambda it: it.kinds.count(1) == 3)
+            return speaker
+    speaker = asyncio.run(go())
+    assert speaker.kinds[0] == 0 and set(speaker.kinds) <= set(range(8))
+    assert max(np.diff(speaker.at)) < 2
+    facts = speaker.told[0]
+    for name in ("text_temperature", "text_topk", "audio_temperature", "audio_topk", "pad_mult",
+                 "repetition_penalty_context", "repetition_penalty"):
+        assert isinstance(facts[name], int | float)
+    assert isinstance(facts["lm_model_file"], str) and isinstance(facts["instance_name"], str)
+    assert len(facts["build_info"]) == 10 and all(isinstance(value, str) for value in facts["build_info"].values())
+
+
+def test_the_queue_says_its_place_and_moves(partner):
+    async def go():
+        async with served(partner, capacity=1, limits=Limits(queue=2)) as (client, server), \
+                Speaker.joined(client) as first:
+            await first.listen(lambda it: 4 in it.kinds)
+            async with Speaker.joined(client) as second, Speaker.joined(client) as third:
+                await second.listen(lambda it: it.told)
+                await third.listen(lambda it: it.told)
+                async with Speaker.joined(client) as fourth:
+                    full = await fourth.ended()
+                health = await (await client.get("/health")).json()
+                await first.socket.close()
+                await second.listen(lambda it: 0 in it.kinds)
+                await third.listen(lambda it: len(it.told) == 2)
+                return second, third, full, health, server
+    second, third, full, health, server = asyncio.run(go())
+    assert second.told[0]["queue"] == 1 and [told["queue"] for told in third.told] == [2, 1]
+    assert second.kinds[:2] == [4, 0] and 0 not in third.kinds
+    assert "2 clients wait already" in full
+    assert (health["live"], health["waiting"], health["capacity"]) == (1, 2, 1)
+    assert server.hall.live == 0 and not server.hall.line and not server.engine.seats
+
+
+BAD = {
+    "no Opus": ("", [protocol.audio(b"this is no Ogg stream at all" * 4)] * 2, "not an Ogg/Opus stream"),
+    "half a sample": ("format=pcm", [protocol.audio(b"123")], "not whole samples"),
+    "text": ("", ["hello"], "should be binary"),
+    "too long": ("", [protocol.audio(bytes(70000))], "70001 bytes is longer than 65536"),
+    "too fast": ("format=pcm", [protocol.audio(bytes(48000))] * 12, "10 s of sound ahead"),
+    "too many": ("", [protocol.PING] * 900, "200 messages a second"),
+    "a wish": ("text_temperature=hot", [], "text_temperature should be a number from 0 to 100, not 'hot'"),
+}
+
+
+@pytest.mark.parametrize("query, messages, words", BAD.values(), ids=BAD)
+def test_who_does_wrong_is_told_and_nobody_else_suffers(partner, query, messages, words):
+    async def go():
+        async with served(partner) as (client, server), Speaker.joined(client, GREEDY) as good:
+            await good.say(speech(3))
+            await good.listen(lambda it: len(it.wave) >= 2 * FRAME)
+            async with Speaker.joined(client, query) as bad:
+                for message in messages:
+                    if bad.socket.closed:
+                        break
+                    send = bad.socket.send_str if isinstance(message, str) else bad.socket.send_bytes
+                    await send(message)
+                sentence = await bad.ended()
+            await good.say(speech(3))
+            await good.listen(lambda it: len(it.wave) >= 5 * FRAME)
+            return sentence, bad.close_code, good, server.metrics.counts["complaints"]
+    sentence, code, good, complaints = asyncio.run(go())
+    assert words in sentence and code == 1008 and complaints == 1
+    assert not good.errors and good.told[-1]["dropped_frames"] == 0
+
+
+def test_a_message_that_is_not_even_read(partner):
+    async def go():
+        async with served(partner) as (client, _), Speaker.joined(client) as bad:
+            await bad.socket.send_bytes(bytes(3 << 20))
+            await bad.listen(lambda it: False)
+            return bad.close_code, (await client.get("/health")).status
+    assert asyncio.run(go()) == (1009, 200)
+
+
+def test_kinds_that_mean_nothing_are_passed_over(partner):
+    async def go():
+        async with served(partner) as (client, _), Speaker.joined(client, GREEDY) as speaker:
+            for odd in (b"", b"\xff", b"\x08abc", b"\x02hello", b"\x04{", b"\x03", b"\x03\x09", b"\x00", b"\x06"):
+                await speaker.socket.send_bytes(odd)
+            await speaker.say(speech(3))
+            await speaker.listen(lambda it: len(it.wave) >= 2 * FRAME)
+            return speaker.errors
+    assert asyncio.run(go()) == []
+
+
+def test_pause_and_restart(partner):
+    """What is said in a pause is not heard; after a restart the model begins as it began."""
+    wave = speech(4)
+
+    async def go():
+        async with served(partner) as (client, _), Speaker.joined(client, GREEDY) as speaker:
+            await speaker.say(wave)
+            await speaker.listen(lambda it: len(it.wave) >= 3 * FRAME)
+            await speaker.socket.send_bytes(b"\x03\x02")
+            await speaker.say(speech(5, 3))
+            await speaker.socket.send_bytes(b"\x03\x00")
+            await speaker.socket.send_bytes(b"\x03\x03")
+            await speaker.say(wave)
+            await speaker.listen(lambda it: len(it.wave) >= 6 * FRAME)
+            await asyncio.sleep(0.1)
+            return speaker.wave
+    first, second = np.split(asyncio.run(go()), 2)
+    assert len(first) == 3 * FRAME and np.array_equal(first, second)
+
+
+def test_who_never_sends_and_who_talks_too_long(partner, monkeypatch):
+    monkeypatch.setattr(session, "KEEPALIVE", 0.05)
+
+    async def go():
+        limits = Limits(silence=0.4, session=0.6)
+        async with served(partner, limits=limits) as (client, _), Speaker.joined(client, GREEDY) as silent, \
+                Speaker.joined(client, GREEDY) as talker:
+            async def talk():
+                while not talker.socket.closed:
+                    await talker.say(speech(1))
+                    await asyncio.sleep(0.08)
+            talking = asyncio.create_task(talk())
+            ends = await asyncio.gather(silent.ended(), talker.ended())
+            talking.cancel()
+            return ends
+    silent, talker = asyncio.run(go())
+    assert silent == "nothing was heard for 0.4 s" and "lasts at most 0.01 minutes" in talker
+
+
+def test_who_vanishes_leaves_the_place_to_others(partner):
+    async def go():
+        async with served(partner, capacity=1) as (client, server):
+            async with Speaker.joined(client, GREEDY) as first:
+                await first.say(speech(2))
+                await first.listen(lambda it: 1 in it.kinds)
+                first.socket._response.connection.transport.abort()
+            async with Speaker.joined(client, GREEDY) as second:
+                await second.listen(lambda it: 0 in it.kinds)
+            return server.engine.is_alive()
+    assert asyncio.run(go())
+
+
+def slow(monkeypatch, seconds: float) -> None:
+    quick = Dialogues.step
+
+    def step(self, heard):
+        time.sleep(seconds if heard else 0)
+        return quick(self, heard)
+    monkeypatch.setattr(Dialogues, "step", step)
+
+
+def test_late_frames_are_dropped_and_told(partner, monkeypatch):
+    slow(monkeypatch, 0.2)
+
+    async def go():
+        async with served(partner) as (client, server), Speaker.joined(client, GREEDY) as speaker:
+            await speaker.listen(lambda it: 4 in it.kinds)
+            for piece in speech(40).reshape(4, -1):
+                await speaker.say(piece)
+            await speaker.listen(lambda it: it.told[-1]["dropped_frames"] > 0)
+            return speaker.told[-1]["dropped_frames"], server.metrics.counts["frames_dropped"]
+    told, counted = asyncio.run(go())
+    assert told == counted > 20
+
+
+def test_a_client_that_takes_nothing_loses_frames_and_keeps_the_text(partner):
+    async def go():
+        async with served(partner) as (_, server):
+            one = session.Session(None, Wishes(), server.engine, server.hall, Limits(unsent=3), server.pool, {})
+            for i in range(5):
+                one.post(engine.Spoken(np.full(4, i), f"{i} ", 0.0))
+            return one
+    one = asyncio.run(go())
+    assert [spoken.wave[0] for spoken in one.outbox] == [2, 3, 4] and one.unsent == 2
+    assert "".join(spoken.text for spoken in one.outbox) == "0 1 2 3 4 "
+
+
+def test_sessions_share_steps(partner, monkeypatch):
+    slow(monkeypatch, 0.02)
+
+    async def go():
+        async with served(partner, capacity=4) as (client, server):
+            async def talk(delay):
+                await asyncio.sleep(delay)
+                async with Speaker.joined(client, GREEDY) as speaker:
+                    for _ in range(15):
+                        await speaker.say(speech(1))
+                        await asyncio.sleep(0.08)
+            await asyncio.gather(*(talk(0.019 * i) for i in range(4)))
+            return server.metrics
+    metrics = asyncio.run(go())
+    assert metrics.counts["frames"] == 60 and sum(metrics.buckets["step_seconds"]) < 30
+
+
+def test_a_step_that_fails_ends_its_sessions_and_not_the_server(partner, monkeypatch):
+    good, failures = Dialogues.go, [ZeroDivisionError("once")]
+
+    def go_wrong_once(self):
+        if failures:
+            raise failures.pop()
+        return good(self)
+    monkeypatch.setattr(Dialogues, "go", go_wrong_once)
+
+    async def go():
+        async with served(partner) as (client, _):
+            async with Speaker.joined(client, GREEDY) as unlucky:
+                await unlucky.say(speech(1))
+                sentence = await unlucky.ended()
+            return sentence, unlucky.close_code, await converse(client, speech(3), GREEDY)
+    sentence, code, speaker = asyncio.run(go())
+    assert "the model failed in this step" in sentence and code == 1011 and len(speaker.wave) == 2 * FRAME
+
+
+def test_who_may_come_in(partner):
+    async def go():
+        async with served(partner, token="secret", origins=("https://friend.example",)) as (client, _):
+            async def status(path, **headers):
+                reply = await client.get(path, headers=headers)
+                return reply.status, (await reply.json()).get("error", "") if reply.status > 400 else ""
+            refused = await status("/api/chat?token=guess")
+            foreign = await status("/api/chat?token=secret", Origin="https://evil.example")
+            metrics = await status("/metrics"), (await client.get("/metrics?token=secret")).status
+            for query in ("token=secret", "worker_auth_id=secret"):
+                async with Speaker.joined(client, query) as speaker:
+                    await speaker.listen(lambda it: it.kinds)
+            async with client.ws_connect("/api/chat?token=secret", headers={"Origin": "https://friend.example"}) as it:
+                friend = (await it.receive()).data
+            return refused, foreign, metrics, speaker.kinds, friend, (await client.get("/health")).status
+    refused, foreign, metrics, kinds, friend, health = asyncio.run(go())
+    assert refused[0] == 401 and "?token=" in refused[1]
+    assert foreign[0] == 403 and "evil.example may not connect" in foreign[1]
+    assert metrics[0][0] == 401 and metrics[1] == 200 and kinds[0] == 0 and friend == b"\x00" and health == 200
+
+
+def test_metrics_are_prometheus_text(partner):
+    async def go():
+        async with served(partner) as (client, _):
+            await converse(client, speech(5), GREEDY)
+            reply = await client.get("/metrics")
+            return reply.content_type, await reply.text()
+    kind, text = asyncio.run(go())
+    values = dict(line.rsplit(" ", 1) for line in text.splitlines() if not line.startswith("#"))
+    assert kind == "text/plain" and values["mm_talk_frames_total"] == "5" and values["mm_talk_sessions_total"] == "1"
+    assert values['mm_talk_step_seconds_bucket{le="+Inf"}'] == values["mm_talk_step_seconds_count"] == "5"
+    assert float(values["mm_talk_memory_bytes"]) > 1e6 and values["mm_talk_live"] == "0"
+
+
+def test_a_server_that_is_stopped_says_so(partner):
+    async def go():
+        async with served(partner, capacity=1) as (client, server), Speaker.joined(client, GREEDY) as speaker:
+            await speaker.listen(lambda it: 4 in it.kinds)
+            async with Speaker.joined(client, GREEDY) as waiting:
+                await waiting.listen(lambda it: it.told)
+                closing = asyncio.create_task(server.close(None))
+                ends = await asyncio.gather(speaker.ended(), waiting.ended())
+                await closing
+                return ends, speaker.close_code, server.engine.is_alive(), (await client.get("/health")).status
+    ends, code, alive, health = asyncio.run(go())
+    assert ends == ["the server is being stopped"] * 2 and code == 1001 and not alive and health == 503
+
+
+def test_nothing_that_was_said_is_logged(partner, caplog):
+    async def go():
+        async with served(partner) as (client, _):
+            return await converse(client, speech(6), GREEDY)
+    with caplog.at_level("DEBUG", "mm.talk"):
+        speaker = asyncio.run(go())
+    assert speaker.text and caplog.messages
+    assert all(speaker.text.strip() not in message for message in caplog.messages)
+
+
