@@ -1,0 +1,67 @@
+"""A conversation without a microphone: a sound file is heard, and what the model says meanwhile is written."""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from mm.checkpoint import replacing
+from mm.dialogue import AUDIO, TEXT
+from mm.errors import InputError
+from mm.stop import TextStream
+
+from ...codecs.framing import Framer
+from ...codecs.sound import open_sound
+from ..search.progress import Bar
+from .dialogues import Dialogues
+from .partner import Partner
+from .wishes import Wishes
+
+
+def answer(partner: Partner, args: argparse.Namespace) -> int:
+    """Writes a sound as long as the question and `--after` seconds of silence, in time with it; prints the text.
+    Raises InputError."""
+    import soundfile
+
+    kind = args.to.suffix[1:].upper()
+    if kind not in soundfile.available_formats():
+        raise InputError(f"{args.to}: {args.to.suffix or 'no suffix'} is not a sound format; "
+                         "write to .wav, .flac, .ogg or .mp3")
+    sound = open_sound(args.file)
+    steps = round((sound.seconds + args.after) / partner.seconds)
+    words, s = TextStream(partner.model.tokenizer), partner.model.spec.text
+    dialogues, samples = Dialogues(partner, 1), 0
+    wishes = Wishes(text=replace(TEXT, seed=args.seed), audio=replace(AUDIO, seed=args.seed))
+    dialogues.enter("file", wishes)
+    with (replacing(args.to) as part, Bar("answering", steps) as bar,
+          soundfile.SoundFile(part, "w", partner.rate, 1, format=kind) as file):
+        for frame in frames(partner, sound.blocks(partner.rate, 1), args.after):
+            said = dialogues.step({"file": frame})["file"]
+            bar.step()
+            if said is None:
+                continue
+            file.write(said.wave.clip(-1, 1))
+            samples += len(said.wave)
+            if said.token not in (s.padding, s.word_end):
+                words.push(said.token)
+    words.flush()
+    print(words.text.strip())
+    print(f"{args.to}: {samples / partner.rate:.1f} s, the first {sound.seconds:.1f} s of them beside the question")
+    return 0
+
+
+def frames(partner: Partner, blocks: Iterator[Tensor], after: float) -> Iterator[np.ndarray]:
+    """(frame,) each: one of silence, whose place is before the first that a model hears, the sound, and silence."""
+    framer, silence = Framer.empty(1, 1, partner.frame), round(after * partner.rate / partner.frame)
+    yield np.zeros(partner.frame, np.float32)
+    for block in blocks:
+        for piece in framer.push(block[None]).split(partner.frame, 2):
+            if piece.shape[2]:
+                yield piece[0, 0].numpy()
+    for piece in (framer.flush(), torch.zeros(1, 1, partner.frame * silence)):
+        yield from (one[0, 0].numpy() for one in piece.split(partner.frame, 2) if one.shape[2])

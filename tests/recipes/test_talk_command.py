@@ -1,0 +1,129 @@
+"""`mm talk` from the command line: a file that is answered, a server that starts and stops, and what it refuses."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import urllib.request
+
+import codec
+import duplex
+import numpy as np
+import pytest
+import soundfile
+import talking
+import torch
+
+from mm import spec
+from mm.codecs.spec import MimiSpec, Quantizer
+from mm.errors import InputError
+from mm.recipes.cli import main
+from mm.recipes.talk import capacity
+from mm.recipes.talk.dialogues import Dialogues
+from mm.recipes.talk.partner import Partner
+from mm.recipes.talk.wishes import Wishes
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return talking.written(tmp_path_factory.mktemp("model"))
+
+
+def test_a_file_is_answered(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "question.wav", talking.speech(10)[: 8 * 1920 + 100], 24000, subtype="FLOAT")
+    argv = ["talk", "--model", str(model), "--file", str(tmp_path / "question.wav"), "--after", "0.4", "--to"]
+    for name in ("one.wav", "two.wav"):
+        assert main([*argv, str(tmp_path / name)]) == 0
+    wave, rate = soundfile.read(tmp_path / "one.wav")
+    assert rate == 24000 and len(wave) == 14 * 1920 and np.abs(wave).max() > 0.1
+    assert (tmp_path / "one.wav").read_bytes() == (tmp_path / "two.wav").read_bytes()
+    text = capsys.readouterr().out.splitlines()
+    assert text[0].strip() and text[0] == text[2] and "1.1 s, the first 0.6 s" in text[1]
+    assert main([*argv, str(tmp_path / "three.wav"), "--seed", "1"]) == 0
+    assert (tmp_path / "one.wav").read_bytes() != (tmp_path / "three.wav").read_bytes()
+
+
+@torch.no_grad()
+def test_the_answer_stands_beside_what_it_answers(model):
+    """The codes of the sound, given to the model as in training, have the logits of what was said step by step."""
+    partner = Partner.open(str(model))
+    wave, frame = torch.from_numpy(talking.speech(6)), partner.frame
+    dialogues = Dialogues(partner, 1)
+    dialogues.enter("one", Wishes.of({"text_temperature": "0", "audio_temperature": "0"}))
+    tokens, go = [], partner.model.step
+    partner.model.step = lambda *args, **options: tokens.append(go(*args, **options)) or tokens[-1]
+    for piece in (torch.zeros(frame), *wave.split(frame)):
+        dialogues.step({"one": piece.numpy()})
+    heard = partner.codec.encode(wave[None, None], codebooks=4)
+    said = torch.stack([one.tokens[0] for one in tokens[1:]], 1)
+    logits = partner.model(torch.cat([said[None], heard], 1))
+    assert torch.equal(logits.text[0].argmax(-1), said[0])
+    known = ~logits.audio[0, ..., 0].isnan()
+    assert known.sum() > 18 and torch.equal(logits.audio[0].argmax(-1)[known], said[1:][known])
+
+
+def test_kyutais_directory_is_opened_as_it_is(tmp_path):
+    pytest.importorskip("moshi", reason="needs the package moshi")
+    partner = Partner.open(str(talking.as_kyutai(tmp_path)))
+    assert (partner.model.spec.own, partner.frame, partner.model.tokenizer is not None) == (8, 1920, True)
+
+
+def test_what_is_refused(model, tmp_path, capsys):
+    soundfile.write(tmp_path / "q.wav", np.zeros(2000), 24000)
+    named = ["--model", str(model)]
+    for argv, words in (
+            ([], "no model ships with this version yet"),
+            (["--model", str(tmp_path / "none")], "not a directory with a checkpoint"),
+            ([*named, "--file", str(tmp_path / "q.wav")], "--file and --to go together"),
+            ([*named, "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.doc")], ".doc is not a sound"),
+            ([*named, "--file", str(tmp_path / "no.wav"), "--to", str(tmp_path / "a.wav")], "no.wav"),
+            ([*named, "--cert", "a.pem"], "--cert and --key go together"),
+            ([*named, "--cert", "a.pem", "--key", "b.pem"], "no certificate and its key"),
+            ([*named, "--static", str(tmp_path)], "no index.html")):
+        assert main(["talk", *argv]) == 2
+        told = capsys.readouterr().err
+        assert words in told and told.count("\n") == 1
+    assert not list(tmp_path.glob("a.*")) and not list(tmp_path.glob(".*"))
+
+
+def test_a_codec_that_does_not_belong_to_the_model(model, tmp_path):
+    other = codec.small(MimiSpec(encoder=codec.SPEC.encoder, decoder=codec.SPEC.decoder,
+                                 quantizer=Quantizer(codebooks=3, size=12, dim=16)))
+    other.save_pretrained(tmp_path / "few")
+    with pytest.raises(InputError, match="4 codebooks of 12 codes, its codec has 3 of 12"):
+        Partner.open(str(model), str(tmp_path / "few"))
+    talking.lm().save_pretrained(tmp_path / "bare")
+    with pytest.raises(InputError, match="holds no codec.*name one with --codec"):
+        Partner.open(str(tmp_path / "bare"))
+    deaf = duplex.small(text=spec.TextStream(vocab=20), delays=(0, 0, 1, 1, 1))
+    with pytest.raises(InputError, match="hears 0"):
+        Partner(deaf, talking.partner().codec, "deaf")
+
+
+def test_as_many_places_as_a_step_is_fast_enough_for(model, monkeypatch):
+    partner = Partner.open(str(model))
+    monkeypatch.setattr(capacity, "step_seconds", lambda partner, count: 0.011 * count)
+    assert capacity.capacity(partner) == 4
+    monkeypatch.setattr(capacity, "step_seconds", lambda partner, count: 1.0)
+    assert capacity.capacity(partner) == 1
+    monkeypatch.undo()
+    assert 0 < capacity.step_seconds(partner, 2) < 5
+
+
+def test_a_server_from_start_to_stop(model):
+    process = subprocess.Popen([sys.executable, "-m", "mm.recipes.cli", "talk", "--model", str(model), "--port", "0",
+                                "--no-browser", "--sessions", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    try:
+        line = process.stdout.readline()
+        assert " for 3 at once: http://localhost:" in line
+        url = line.split("at once: ")[1].split()[0]
+        with urllib.request.urlopen(url + "health") as reply:
+            assert json.load(reply)["capacity"] == 3
+        with urllib.request.urlopen(url) as reply:
+            assert b"<title>mm talk</title>" in reply.read()
+    finally:
+        process.send_signal(signal.SIGTERM)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 0 and "Traceback" not in err

@@ -1,0 +1,57 @@
+"""The page of `mm talk` in a browser: a WAV file is the microphone, sound and text come back."""
+
+import asyncio
+
+import numpy as np
+import pytest
+import soundfile
+import talking
+from aiohttp.test_utils import TestServer
+from browser import browsing, chromium
+
+from mm.recipes.talk.server import Server
+from mm.tokenizer import load_tokenizer
+
+
+@pytest.fixture
+def spoken(tmp_path):
+    """A microphone that repeats a second of 440 Hz."""
+    wave = 0.5 * np.sin(2 * np.pi * 440 * np.arange(48000) / 48000)
+    soundfile.write(tmp_path / "question.wav", wave, 48000, subtype="PCM_16")
+    return tmp_path / "question.wav"
+
+
+def test_a_conversation_in_a_browser(spoken, tmp_path, monkeypatch):
+    chromium()
+    folder = talking.written(tmp_path / "model")
+    partner = talking.partner()
+    partner.model.tokenizer = load_tokenizer(folder)
+    server = Server(partner, 1)
+    heard = []
+    hear = server.engine.hear
+    monkeypatch.setattr(server.engine, "hear", lambda seat, frame: (heard.append(frame), hear(seat, frame)))
+
+    async def go():
+        async with TestServer(server.app()) as running, \
+                browsing(str(running.make_url("/")), spoken, tmp_path / "profile") as page:
+            await page.until("document.readyState === 'complete' && !!document.getElementById('go')")
+            await page.run("document.querySelector('[name=text_topk]').value = 7; at('go').click()")
+            await page.until("talk && talk.frames > 30 && at('text').textContent.trim().length > 2")
+            await page.until("parseFloat(at('theirs').style.width) > 20 && parseFloat(at('mine').style.width) > 20")
+            found = {name: await page.run(f"at('{name}').textContent") for name in (
+                "state", "text", "delay", "buffer", "late", "unsent", "gaps", "skipped")}
+            found["topk"] = await page.run("talk.facts.text_topk")
+            found["rate"] = await page.run("talk.context.sampleRate")
+            await page.run("at('go').click()")
+            await page.until("talk === null")
+            found["live"] = [await asyncio.sleep(0.3), server.hall.live][1]
+            return found, page.complaints
+    found, complaints = asyncio.run(go())
+    print(found)
+    assert not complaints and found["topk"] == 7 and found["live"] == 0
+    assert found["state"] == "Go on, say something." and found["text"].strip()
+    assert 0 < float(found["delay"].split()[0]) < 5000 and float(found["buffer"].split()[0]) < 1000
+    assert found["late"] == found["unsent"] == "0"
+    wave = np.concatenate(heard)[12000:36000]  # a second of what the server heard, past the beginning
+    spectrum = np.abs(np.fft.rfft(wave * np.hanning(len(wave))))
+    assert abs(int(spectrum.argmax()) - 440) <= 1 and np.abs(wave).max() > 0.1
