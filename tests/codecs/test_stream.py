@@ -57,6 +57,14 @@ def test_any_chunks_of_whole_frames(model, sizes, chunk, batch):
     close(decoded, model.decode(codes))
 
 
+def test_frames_whose_codes_differ_are_at_most_one_in_a_thousand(model):
+    """Where two entries are about as near, rounding decides; all codebooks of 2,400 frames."""
+    wave = codec.wave(100, LENGTH * FRAME)
+    state = model.init_state(100)
+    codes = torch.cat([model.encode(piece, state=state) for piece in wave.split(FRAME, 2)], 2)
+    assert (codes != model.encode(wave)).any(1).float().mean() <= 0.001
+
+
 @settings(max_examples=8)
 @given(st.lists(st.integers(0, 50), min_size=1, max_size=6).filter(any))
 def test_any_number_of_samples(model, sizes):
