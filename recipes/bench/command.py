@@ -11,6 +11,7 @@ BENCHES = {
     "vit": ("mm.recipes.bench.vit:vit", "ViT-B/16, EVA-02-B and DINOv3-B against timm"),
     "codec": ("mm.recipes.bench.codec:codec", "Mimi in streams and whole against moshi and transformers"),
     "duplex": ("mm.recipes.bench.duplex:duplex", "a step of a dialogue and of training against moshi, time and memory"),
+    "talk": ("mm.recipes.bench.talk:talk", "how many people `mm talk` holds here: frames on time, latency, memory"),
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
     "decode": ("mm.recipes.bench.decode:decode", "a language model's tokens per second against transformers"),
     "perplexity": ("mm.recipes.bench.perplexity:perplexity", "what few bits of weights and caches cost a decoder"),

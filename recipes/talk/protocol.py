@@ -61,5 +61,10 @@ def metadata(facts: Mapping[str, Any]) -> bytes:
     return bytes([Kind.METADATA]) + json.dumps(facts).encode()
 
 
+def facts(payload: bytes) -> dict[str, Any]:
+    """What `metadata` told."""
+    return json.loads(payload)
+
+
 def error(sentence: str) -> bytes:
     return bytes([Kind.ERROR]) + sentence.encode()
