@@ -1,19 +1,25 @@
 """The server of `mm talk`: conversations, their company, and clients that do wrong."""
 
 import asyncio
+import shutil
+import socketserver
+import subprocess
 import sys
 import threading
 import time
 import types
 
+import aiohttp
 import numpy as np
 import pytest
 import talking
 from talking import FRAME, Speaker, served, speech
 
-from mm.recipes.talk import engine, protocol, session, sound
+from mm.errors import InputError
+from mm.recipes.talk import command, engine, protocol, session, sound
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.limits import Limits
+from mm.recipes.talk.server import Address, Server, serve
 from mm.recipes.talk.wishes import Wishes
 from mm.stop import TextStream
 from mm.tokenizer import load_tokenizer
@@ -419,6 +425,45 @@ def test_who_may_come_in(partner):
     assert refused[0] == 401 and "?token=" in refused[1]
     assert foreign[0] == 403 and "evil.example may not connect" in foreign[1]
     assert metrics[0][0] == 401 and metrics[1] == 200 and kinds[0] == 0 and friend == b"\x00" and health == 200
+
+
+def test_https_and_another_page(partner, tmp_path):
+    """As `mm talk --cert --key --static` serves them."""
+    if shutil.which("openssl") is None:
+        pytest.skip("needs openssl, which makes the certificate")
+    cert, key = tmp_path / "cert.pem", tmp_path / "key.pem"
+    subprocess.run(["openssl", "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:P-256", "-nodes",
+                    "-subj", "/CN=localhost", "-out", cert, "-keyout", key], check=True, capture_output=True)
+    (tmp_path / "dist").mkdir()
+    (tmp_path / "dist" / "index.html").write_text("theirs")
+    (tmp_path / "dist" / "app.js").write_text("1")
+    args = command.arguments().parse_args(["--cert", str(cert), "--key", str(key), "--static", str(tmp_path / "dist"),
+                                           "--port", "0"])
+    server, ready = Server(partner, 1, command.address_of(args)), []
+
+    async def go():
+        serving = asyncio.create_task(serve(server, ready.append))
+        while not ready and not serving.done():
+            await asyncio.sleep(0.01)
+        async with aiohttp.ClientSession(ready[0], connector=aiohttp.TCPConnector(ssl=False)) as client:
+            pages = [await (await client.get(path)).text() for path in ("/", "/app.js")]
+            status = (await client.get("/../cert.pem")).status
+            async with client.ws_connect("/api/chat") as socket:
+                first = (await socket.receive()).data
+        serving.cancel()
+        await asyncio.gather(serving, return_exceptions=True)
+        return pages, status, first
+    pages, status, first = asyncio.run(go())
+    assert ready[0].startswith("https://localhost:") and pages == ["theirs", "1"] and status == 404
+    assert first == b"\x00" and not server.engine.is_alive()
+
+
+def test_a_port_that_is_taken(partner):
+    async def go():
+        with socketserver.TCPServer(("127.0.0.1", 0), None) as other:
+            await serve(Server(partner, 1, Address(port=other.server_address[1])), print)
+    with pytest.raises(InputError, match="--host 127.0.0.1 --port"):
+        asyncio.run(go())
 
 
 def test_metrics_are_prometheus_text(partner):
