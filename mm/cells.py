@@ -40,7 +40,7 @@ def operator(name: str) -> Callable[[Callable[[Tensor, Any], Tensor]], Callable[
         torch.library.define(name, "(Tensor x, int number, int outputs) -> Tensor")
         torch.library.impl(name, "CPU", lambda x, number, outputs: f(x, KEPT[number].value))
         torch.library.register_fake(name, lambda x, number, outputs: x.new_empty(*x.shape[:-1], outputs))
-        known = getattr(torch.ops.mm, name.removeprefix("mm::"))
+        known = getattr(torch.ops.mm, name.removeprefix("mm::")).default
 
         @wraps(f)
         def call(x: Tensor, kept: Kept) -> Tensor:

@@ -263,7 +263,7 @@ class Engine:
 
     def change_settings(self) -> None:
         """Settings and seen tokens of the rows as they are now, in new tensors."""
-        if isinstance(self.decode, graph.Replay):
+        if isinstance(self.decode, graph.Compiled | graph.Replay):
             self.decode.renew()
         self.settings = controls([row.sampling if row else GREEDY for row in self.rows], self.device)
         self.seen = None

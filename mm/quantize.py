@@ -68,7 +68,7 @@ def product(x: Tensor, weight: torch.ScriptObject) -> Tensor:
     return PRODUCT(x, 1.0, LEVELS + 1, weight)
 
 
-PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32  # x in steps of one scale, float32 out
+PRODUCT = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32.default  # x by one scale, float32 out
 
 
 CELLS: dict[str, Cell] = {"int8": Int8Linear, "int4": Int4Linear}

@@ -82,7 +82,7 @@ def bandwidth(model: nn.Module, write: Write, ids: Tensor, repeats: int) -> Case
 
 
 def fastest(writers: dict[str, Write], ids: Tensor) -> str:
-    seconds = in_turns({name: partial(write, ids, 16) for name, write in writers.items()}, 1)
+    seconds = in_turns({name: partial(write, ids, NEW) for name, write in writers.items()}, 1, warmup=0)
     return min(seconds, key=seconds.get)
 
 

@@ -139,6 +139,18 @@ def test_a_compiled_step_of_one_row_or_of_eight_bits_writes_the_same_text(slots,
     assert [request.out for request in requests] == [out.ids for out in model.generate(PROMPTS[:3], WAYS[0])]
 
 
+@pytest.mark.full
+def test_compiled_texts_of_all_settings_are_the_same():
+    """Two engines at a time, each of which goes back to the program of its own settings."""
+    for i in range(0, len(PROMPTS), 2):
+        engines = [Engine(MODEL, 1, 50 + 4 * k, compiled=True) for k in range(2)]
+        requests = [engine.submit(PROMPTS[i + k], WAYS[i + k]) for k, engine in enumerate(engines)]
+        while any(engine.busy for engine in engines):
+            for engine in engines:
+                engine.step()
+        assert [request.out for request in requests] == ALONE[i:i + 2]
+
+
 @pytest.mark.parametrize("prompt, told", [([], "empty"), ([1, 61], "vocabulary"), ([1] * 51, "fit")])
 def test_prompts_that_cannot_be_read(prompt, told):
     with pytest.raises(InputError, match=told):

@@ -5,7 +5,7 @@ from contextlib import contextmanager
 import pytest
 import torch
 
-from mm.graph import Replay, compiled
+from mm.graph import Compiled, Replay, compiled
 
 
 @pytest.fixture
@@ -32,6 +32,20 @@ def test_it_runs_then_captures_then_replays_and_begins_again(told):
     replay.renew()
     assert replay() is out
     assert told == ["step", "capture", "step", "replay", "replay", "step"]
+
+
+def test_a_compiled_step_is_checked_at_first_and_after_a_change(monkeypatch):
+    skipped = []
+
+    @contextmanager
+    def stance(skip_guard_eval_unsafe):
+        skipped.append(skip_guard_eval_unsafe)
+        yield
+    monkeypatch.setattr(torch.compiler, "set_stance", stance)
+    monkeypatch.setattr(torch, "compile", lambda step, **_: step)
+    step = Compiled(lambda: 7)
+    assert [step(), step(), step.renew(), step(), step()] == [7, 7, None, 7, 7]
+    assert skipped == [False, True, False, True]
 
 
 def test_without_a_compiler_the_step_stays_as_it_is(monkeypatch):
