@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.errors import InputError
+from mm.kernels.problem import ByOffset
 from mm.visibility import At
 
 
@@ -85,6 +86,9 @@ class AlibiBias(nn.Module):
         distance = (q_at.position.unsqueeze(-1) - k_at.position.unsqueeze(-2)).abs().unsqueeze(1)
         return -distance * torch.tensor(self.slopes(), device=distance.device)[:, None, None]
 
+    def by_offset(self, device: torch.device) -> ByOffset:
+        return ByOffset(torch.tensor(self.slopes(), device=device))
+
 
 class BucketBias(nn.Module):
     """(q_at, k_at) -> (B, H, T, S): one learned value per head and distance bucket. Raffel et al., 2020 (T5)."""
@@ -113,6 +117,10 @@ class BucketBias(nn.Module):
     def forward(self, q_at: At, k_at: At) -> Tensor:
         offset = k_at.position.unsqueeze(-2) - q_at.position.unsqueeze(-1)
         return F.embedding(self.bucket(offset), self.weight).permute(0, 3, 1, 2)
+
+    def by_offset(self, device: torch.device) -> ByOffset:
+        reach = self.settings.distance
+        return ByOffset(self.weight, self.bucket(torch.arange(-reach, reach + 1, device=device)).int())
 
 
 def build_bias(settings: spec.Alibi | spec.Buckets | None, heads: int) -> nn.Module | None:

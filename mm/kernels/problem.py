@@ -16,6 +16,16 @@ Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to
 
 
 @dataclass(frozen=True)
+class ByOffset:
+    """A bias that depends on key position minus query position alone, for a kernel to compute: what `by_offset` of a
+    `Bias` gives. weight: (H,) factors of minus the distance; or (count, H) with buckets (2 * reach + 1,) int32, the
+    row of each offset -reach..reach, beyond which the bias stays as it is."""
+
+    weight: Tensor | None
+    buckets: Tensor | None = None
+
+
+@dataclass(frozen=True)
 class Problem:
     q_at: At
     k_at: At

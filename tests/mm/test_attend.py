@@ -241,7 +241,9 @@ def test_dropout_in_tiles_is_the_same_when_recomputed():
     ("tiled", {"sight": CAUSAL, "k_at": At(torch.arange(5).expand(2, 5), prefix=torch.ones(2, 5) > 0, regular=True)}),
 ])
 def test_explain_names_the_path_and_the_reason(path, call):
-    said = explain(**{"q_at": along(2, 5), "k_at": along(2, 5), **call})
+    given = {"q_at": along(2, 5), "k_at": along(2, 5), **call}
+    q, k = (torch.zeros(2, 2, given[name].position.shape[1], 16) for name in ("q_at", "k_at"))
+    said = explain(q, k, k, **given)
     assert said.split(": ")[0] == path and len(said.split(": ")[1]) > 10
 
 

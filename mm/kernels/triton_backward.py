@@ -1,0 +1,202 @@
+"""The backward pass: dQ by tiles of queries, dK and dV by tiles of keys, each sum in one program and so always in the
+same order. Scores are computed again from q, k and the saved sums; nothing is added up by atomics."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_forward import ranges
+from .triton_tile import (
+    base,
+    dots,
+    finish,
+    keeps,
+    load_keyed,
+    load_values,
+    locate,
+    row_values,
+    rows_of,
+    sees,
+    span,
+    store_keyed,
+    store_values,
+    turn_back,
+)
+
+
+@triton.jit
+def weights_of(s, seen, lse, masked: tl.constexpr):
+    """Weights before dropout."""
+    weights = tl.exp2(s - lse)
+    if masked:
+        weights = tl.where(seen, weights, 0.0)
+    return weights
+
+
+@triton.jit
+def thin(x, keep, plan: tl.constexpr):
+    """Dropout of weights or of their gradients."""
+    if plan.dropout > 0.0:
+        x = tl.where(keep, x * (1.0 / (1.0 - plan.dropout)), 0.0)
+    return x
+
+
+@triton.jit
+def bend(score_grads, slope, plan: tl.constexpr):
+    """Gradients of scores -> of what the softcap was put on."""
+    if plan.softcap > 0.0:
+        score_grads = score_grads * slope
+    return score_grads
+
+
+@triton.jit
+def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_turn, bias, seed, b, kv_head, first, S, scale,
+               masked: tl.constexpr, plan: tl.constexpr):
+    """The keys first..first + plan.keys for a tile of queries: parts of k, gradients of products and of scores
+    (rows, keys), and the keys' positions."""
+    q_position, q_document, token, head, draw = rows
+    local = tl.arange(0, plan.keys)
+    key = first + local
+    inside = key < S
+    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_turn, b, kv_head, key, inside, plan.k_turn,
+                        masked, plan)
+    v1, v2 = load_values(base(v, b, kv_head, first), local * v.token, inside, masked, plan)
+    position, document, prefix = locate(k_at, b, key, inside)
+    s, slope = finish(dots(q1, q2, k1, k2, plan.k2), scale, q_position[:, None], position[None, :], head[:, None],
+                      bias, plan)
+    seen = sees(q_position[:, None], q_document[:, None], position[None, :], document[None, :], prefix[None, :],
+                inside[None, :], plan)
+    keep = keeps(seed, draw[:, None], token[:, None], key[None, :], plan)
+    pull = thin(dots(g1, g2, v1, v2, plan.v2), keep, plan) - delta[:, None]
+    score_grads = weights_of(s, seen, lse[:, None], masked) * pull
+    return k1, k2, bend(score_grads, slope, plan), score_grads, position
+
+
+@triton.jit
+def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+                     plan: tl.constexpr):
+    """Grid (tiles of queries, K, B). Writes dq and delta (B, H, T): the sum over channels of out * grad."""
+    tile, kv_head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tile * plan.rows
+    start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
+    inside = token < T
+    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
+    g1, g2 = load_values(start, offsets, inside, True, plan)
+    start, offsets, token, head = rows_of(out, b, kv_head, first, plan)
+    o1, o2 = load_values(start, offsets, inside, True, plan)
+    drop = tl.sum(o1.to(tl.float32) * g1.to(tl.float32), 1)
+    if plan.v2 > 0:
+        drop += tl.sum(o2.to(tl.float32) * g2.to(tl.float32), 1)
+    draw = b * tl.num_programs(1) * plan.group + head
+    tl.store(row_values(delta, b, kv_head, head, token, T, plan), drop, mask=inside)
+    total = tl.load(row_values(lse, b, kv_head, head, token, T, plan), mask=inside, other=float("inf"))
+    position, document, unprefixed = locate(q_at, b, token, inside)
+    rows = (position, document, token, head, draw)
+    dq1 = tl.zeros([plan.rows, plan.k1], tl.float32)
+    dq2 = drop if plan.k2 == 0 else tl.zeros([plan.rows, plan.k2], tl.float32)
+    seed = 0 if seed is None else tl.load(seed)
+    begin, a, z, end = ranges(spans, b, tile, T, S, plan)
+    for i in range(a, z):
+        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn, bias,
+                                                            seed, b, kv_head, i * plan.keys, S, scale, False, plan)
+        dq1, dq2 = gather(grads, k1, k2, dq1, dq2, plan.k2)
+    for i in range(begin, a + end - z):
+        i = tl.where(i < a, i, i + z - a)
+        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn, bias,
+                                                            seed, b, kv_head, i * plan.keys, S, scale, True, plan)
+        dq1, dq2 = gather(grads, k1, k2, dq1, dq2, plan.k2)
+    start, offsets, token, head = rows_of(dq, b, kv_head, first, plan)
+    dq1 *= scale
+    if plan.k2 > 0:
+        dq2 *= scale
+    dq1, dq2 = turn_back(dq1, dq2, q_turn, b, head, token, inside, plan.q_turn, plan)
+    store_keyed(start, offsets, inside, dq1, dq2, plan)
+
+
+@triton.jit
+def gather(weights, x1, x2, sum1, sum2, second: tl.constexpr):
+    """Add weights @ x to a sum, both given in parts."""
+    weights = weights.to(x1.dtype)
+    sum1 = tl.dot(weights, x1, sum1, input_precision="ieee")
+    if second > 0:
+        sum2 = tl.dot(weights, x2, sum2, input_precision="ieee")
+    return sum1, sum2
+
+
+@triton.jit
+def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn, bias, seed, b, kv_head, first,
+             T, scale, masked: tl.constexpr, plan: tl.constexpr):
+    """Add what the packed query rows first..first + plan.rows give to a tile of keys (keys, rows)."""
+    k_position, k_document, k_prefix, key, k_inside = keys
+    start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
+    inside = token < T
+    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, masked, plan)
+    position, document, unprefixed = locate(q_at, b, token, inside)
+    draw = b * tl.num_programs(1) * plan.group + head
+    total = tl.load(row_values(lse, b, kv_head, head, token, T, plan), mask=inside, other=float("inf"))
+    s, slope = finish(dots(k1, k2, q1, q2, plan.k2), scale, position[None, :], k_position[:, None], head[None, :], bias,
+                      plan)
+    seen = sees(position[None, :], document[None, :], k_position[:, None], k_document[:, None], k_prefix[:, None],
+                k_inside[:, None], plan)
+    start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
+    g1, g2 = load_values(start, offsets, inside, masked, plan)
+    drop = tl.load(row_values(delta, b, kv_head, head, token, T, plan), mask=inside, other=0.0)
+    keep = keeps(seed, draw[None, :], token[None, :], key[:, None], plan)
+    weights = weights_of(s, seen, total[None, :], masked)
+    dv1, dv2 = gather(thin(weights, keep, plan), g1, g2, dv1, dv2, plan.v2)
+    pull = thin(dots(v1, v2, g1, g2, plan.v2), keep, plan) - drop[None, :]
+    dk1, dk2 = gather(bend(weights * pull, slope, plan), q1, q2, dk1, dk2, plan.k2)
+    return dk1, dk2, dv1, dv2
+
+
+@triton.jit
+def reaching(spans, b, tile, T, S, plan: tl.constexpr):
+    """Tiles of packed query rows that reach a tile of keys, as `span` gives them."""
+    if plan.regular:
+        first = tile * plan.keys
+        last = tl.minimum(first + plan.keys, S) - 1
+        start, a, z, end = span(first, last, T, plan.right, plan.left, plan.group, plan.rows, plan)
+    elif spans is None:
+        start, a, z, end = tile * 0, tile * 0, tile * 0, tl.cdiv(T * plan.group, plan.rows)
+    else:
+        here = spans + (b * tl.cdiv(S, plan.keys) + tile) * 2
+        start, end = tl.load(here) * plan.group // plan.rows, tl.cdiv(tl.load(here + 1) * plan.group, plan.rows)
+        a, z = start, start
+    return start, a, z, end
+
+
+@triton.jit
+def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+                  plan: tl.constexpr):
+    """Grid (tiles of keys, K, B). Query heads that share keys are summed here."""
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tile * plan.keys
+    local = tl.arange(0, plan.keys)
+    key = first + local
+    k_inside = key < S
+    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_turn, b, kv_head, key, k_inside, plan.k_turn,
+                        True, plan)
+    v1, v2 = load_values(base(v, b, kv_head, first), local * v.token, k_inside, True, plan)
+    position, document, prefix = locate(k_at, b, key, k_inside)
+    keys = (position, document, prefix, key, k_inside)
+    dk1 = tl.zeros([plan.keys, plan.k1], tl.float32)
+    dk2 = dk1 if plan.k2 == 0 else tl.zeros([plan.keys, plan.k2], tl.float32)
+    dv1 = tl.zeros([plan.keys, plan.v1], tl.float32)
+    dv2 = dv1 if plan.v2 == 0 else tl.zeros([plan.keys, plan.v2], tl.float32)
+    seed = 0 if seed is None else tl.load(seed)
+    begin, a, z, end = reaching(spans, b, tile, T, S, plan)
+    for i in range(a, z):
+        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn,
+                                      bias, seed, b, kv_head, i * plan.rows, T, scale, False, plan)
+    for i in range(begin, a + end - z):
+        i = tl.where(i < a, i, i + z - a)
+        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn,
+                                      bias, seed, b, kv_head, i * plan.rows, T, scale, True, plan)
+    dk1 *= scale
+    if plan.k2 > 0:
+        dk2 *= scale
+    dk1, dk2 = turn_back(dk1, dk2, k_turn, b, kv_head, key, k_inside, plan.k_turn, plan)
+    store_keyed(base(dk, b, kv_head, first), local * dk.token, k_inside, dk1, dk2, plan)
+    store_values(base(dv, b, kv_head, first), local * dv.token, k_inside, dv1, dv2, plan)

@@ -1,0 +1,44 @@
+"""The gradient of a bias by distance: sums over buckets of offsets, one row a query, added up in a fixed order."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from .triton_backward import query_step
+from .triton_forward import ranges
+from .triton_tile import load_keyed, load_values, locate, row_values, rows_of, wide
+
+
+@triton.jit
+def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+                  plan: tl.constexpr):
+    """Grid (tiles of queries, K, B): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
+    buckets between the least and the greatest offset of a tile are looked at: one, far from the diagonal."""
+    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    first = tile * plan.rows
+    start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
+    inside = token < T
+    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
+    g1, g2 = load_values(start, offsets, inside, True, plan)
+    draw = b * tl.num_programs(1) * plan.group + head
+    total = tl.load(row_values(lse, b, kv_head, head, token, T, plan), mask=inside, other=float("inf"))
+    drop = tl.load(row_values(delta, b, kv_head, head, token, T, plan), mask=inside, other=0.0)
+    position, document, unprefixed = locate(q_at, b, token, inside)
+    rows = (position, document, token, head, draw)
+    column = tl.arange(0, triton.next_power_of_2(plan.buckets))
+    gathered = tl.zeros([plan.rows, triton.next_power_of_2(plan.buckets)], tl.float32)
+    seed = 0 if seed is None else tl.load(seed)
+    begin, a, z, end = ranges(spans, b, tile, T, S, plan)
+    for i in range(begin, end):
+        k1, k2, product_grads, grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn,
+                                                              bias, seed, b, kv_head, i * plan.keys, S, scale, True,
+                                                              plan)
+        offset = tl.minimum(tl.maximum(k_position[None, :] - position[:, None], -plan.reach), plan.reach) + plan.reach
+        found = tl.load(bucket + offset)
+        for j in range(tl.min(found), tl.max(found) + 1):
+            share = tl.sum(tl.where(found == j, grads, 0.0), 1)
+            gathered += tl.where(column[None, :] == j, share[:, None], 0.0)
+    tl.store(sums + (wide(draw) * T + token)[:, None] * plan.buckets + column[None, :], gathered,
+             mask=inside[:, None] & (column < plan.buckets)[None, :])
