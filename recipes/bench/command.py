@@ -19,6 +19,8 @@ BENCHES = {
     "loss": ("mm.recipes.bench.loss:loss", "contrastive losses in tiles against open_clip's, memory and time"),
     "gradcache": ("mm.recipes.bench.gradcache:gradcache", "a large batch in chunks against open_clip's accumulation"),
     "search": ("mm.recipes.bench.search:search", "a million vectors against an exact matrix product"),
+    "attention": ("mm.recipes.bench.attention:attention",
+                  "our Triton kernels against PyTorch's on a GPU; what they compile to without one"),
     "imports": ("mm.recipes.bench.imports:imports", "what `import mm` costs beside `import torch`"),
     "emojicross": ("mm.recipes.bench.emojicross:emojicross", "unseen styles and concepts beside non-neural floors"),
     "open_clip_emoji": ("mm.recipes.bench.open_clip_emoji:open_clip_emoji",

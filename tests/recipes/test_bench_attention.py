@@ -1,0 +1,27 @@
+"""`mm bench attention` where there is no GPU."""
+
+import pytest
+import torch
+
+from mm.errors import InputError
+from mm.recipes.bench.attention import attention
+from mm.recipes.bench.attention_compile import Compiled, cases
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
+def test_a_machine_without_a_gpu_is_told_in_one_sentence():
+    with pytest.raises(InputError, match="on a CUDA GPU, and this machine has none"):
+        attention(["--suite", "full"])
+
+
+def test_an_architecture_that_is_not_known_is_named():
+    with pytest.raises(InputError, match="--arch should be one of 80, 90, 100, not 75"):
+        attention(["--suite", "compile", "--arch", "75"])
+
+
+def test_spills_fail_a_report():
+    def ok(kernel, spilled, exact=True):
+        return all(case.ok for case in cases("x", Compiled(kernel, "128 x 64", 255, spilled, 1024, 8), exact))
+    assert ok("forward", 0) and not ok("forward", 8)
+    assert ok("backward_keys", 32) and not ok("backward_keys", 40)
+    assert ok("forward", 600, exact=False)  # float32 has no matrix instructions, its spills are only told
