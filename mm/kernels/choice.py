@@ -11,6 +11,7 @@ from mm.kernels.problem import Problem
 from mm.spec import CAUSAL
 from mm.visibility import all_visible
 
+TRITON = find_spec("triton") is not None
 SHORT = 1024  # tokens up to which keys are rotated again by every tile that reads them
 FEW, MANY = 16, 512  # queries that are few, and keys that are many
 
@@ -53,9 +54,9 @@ def problem_with_kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> st
         return f"the kernel runs on CUDA, not on {q.device.type}"
     if torch.compiler.is_exporting():
         return "an exported program holds no kernels"
-    if find_spec("triton") is None:
+    if not TRITON:
         return "Triton is not installed"
-    if torch.cuda.get_device_capability(q.device) < (8, 0):
+    if torch.cuda.get_device_properties(q.device).major < 8:
         return "the GPU is older than Ampere"
     return unsupported(q, k, v, problem)
 
