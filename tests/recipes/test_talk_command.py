@@ -63,10 +63,31 @@ def test_the_answer_stands_beside_what_it_answers(model):
     assert known.sum() > 18 and torch.equal(logits.audio[0].argmax(-1)[known], said[1:][known])
 
 
-def test_kyutais_directory_is_opened_as_it_is(tmp_path):
-    pytest.importorskip("moshi", reason="needs the package moshi")
-    partner = Partner.open(str(talking.as_kyutai(tmp_path)))
-    assert (partner.model.spec.own, partner.frame, partner.model.tokenizer is not None) == (8, 1920, True)
+def test_kyutais_directory_talks_as_kyutais_server(tmp_path, monkeypatch):
+    """Frames go through the official package as its server hands them on, greedily."""
+    monkeypatch.setenv("NO_TORCH_COMPILE", "1")
+    moshi = pytest.importorskip("moshi.models", reason="needs the package moshi")
+    lm, mimi = talking.as_kyutai(tmp_path)
+    generator, wave = moshi.LMGen(lm, use_sampling=False), talking.speech(16)
+    mimi.streaming_forever(1)
+    generator.streaming_forever(1)
+    theirs, tokens = [], []
+    with torch.no_grad():
+        for i, frame in enumerate(torch.from_numpy(wave).view(-1, 1, 1, 1920)):
+            codes = mimi.encode(frame)
+            if i == 0:
+                mimi.reset_streaming()
+            out = generator.step(codes)
+            if out is not None:
+                theirs.append(mimi.decode(out[:, 1:])[0, 0].numpy())
+                tokens.append(out[0, 0, 0].item())
+    partner = Partner.open(str(tmp_path))
+    dialogues = Dialogues(partner, 1)
+    dialogues.enter("one", Wishes.of({"text_temperature": "0", "audio_temperature": "0"}))
+    ours = [dialogues.step({"one": frame})["one"] for frame in wave.reshape(-1, 1920)]
+    assert ours[0] is None and [said.token for said in ours[1:]] == tokens
+    assert max(np.abs(a.wave - b).max() for a, b in zip(ours[1:], theirs, strict=True)) < 1e-4
+    assert partner.model.tokenizer is not None
 
 
 def test_what_is_refused(model, tmp_path, capsys):

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from aiohttp.test_utils import TestClient, TestServer
 from safetensors.torch import save_file
+from torch import nn
 
 from mm import DuplexLM, spec
 from mm.codecs.spec import MimiSpec, Quantizer, Seanet
@@ -70,22 +71,24 @@ def speech(frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.2, frames * FRAME).astype(np.float32)
 
 
-def as_kyutai(folder: Path) -> Path:
-    """A directory as Kyutai publishes them: one config, and every file under the name that it has there."""
+def as_kyutai(folder: Path) -> tuple[nn.Module, nn.Module]:
+    """A directory as Kyutai publishes them, one config, and every file under the name that it has there; and the
+    official package's own model and codec with these weights."""
     config = duplex.settings("moshi") | {"card": 64, "text_card": WORDS}
     theirs = duplex.official(config)
     duplex.write(theirs, config, folder)
-    mimi = codec.official()
+    longer = codec.SETTINGS | {"transformer": codec.TRANSFORMER | {"context": 100}}  # past it, the official one errs
+    mimi = codec.official(longer)
     state = {name.replace("in_projs.0.weight", "in_proj_weight").replace("out_projs.0", "out_proj"): value
              for name, value in mimi.state_dict().items()}
     name = "tokenizer-e351c8d8-checkpoint125.safetensors"
     save_file({key: value.contiguous().clone() for key, value in state.items()}, folder / name)
-    (folder / "mimi_config.json").write_text(json.dumps(codec.SETTINGS))
+    (folder / "mimi_config.json").write_text(json.dumps(longer))
     (folder / "tokenizer_spm_32k_3.model").write_bytes(words())
     (folder / "config.json").write_text(json.dumps(config | {
         "mimi_name": name, "mimi_config_name": "mimi_config.json", "moshi_name": "model.safetensors",
         "tokenizer_name": "tokenizer_spm_32k_3.model"}))
-    return folder
+    return theirs, mimi
 
 
 
