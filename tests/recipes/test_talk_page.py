@@ -10,7 +10,6 @@ from aiohttp.test_utils import TestServer
 from browser import browsing, chromium
 
 from mm.recipes.talk.server import Server
-from mm.tokenizer import load_tokenizer
 
 
 @pytest.fixture
@@ -23,10 +22,7 @@ def spoken(tmp_path):
 
 def test_a_conversation_in_a_browser(spoken, tmp_path, monkeypatch):
     chromium()
-    folder = talking.written(tmp_path / "model")
-    partner = talking.partner()
-    partner.model.tokenizer = load_tokenizer(folder)
-    server = Server(partner, 1)
+    server = Server(talking.partner(), 1)
     heard = []
     hear = server.engine.hear
     monkeypatch.setattr(server.engine, "hear", lambda seat, frame: (heard.append(frame), hear(seat, frame)))

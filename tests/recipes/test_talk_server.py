@@ -4,10 +4,7 @@ import asyncio
 import shutil
 import socketserver
 import subprocess
-import sys
-import threading
 import time
-import types
 
 import aiohttp
 import numpy as np
@@ -16,25 +13,19 @@ import talking
 from talking import FRAME, Speaker, served, speech
 
 from mm.errors import InputError
-from mm.recipes.talk import command, dialogues, engine, protocol, session, sound
+from mm.recipes.talk import command, engine, protocol, session, sound
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.limits import Limits
-from mm.recipes.talk.metrics import Metrics
 from mm.recipes.talk.server import Address, Server, serve
 from mm.recipes.talk.wishes import Wishes
 from mm.stop import TextStream
-from mm.tokenizer import load_tokenizer
 
 GREEDY = "text_temperature=0&audio_temperature=0&format=pcm"
 
 
 @pytest.fixture(scope="module")
-def partner(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("words")
-    (folder / "tokenizer_spm_32k_3.model").write_bytes(talking.words())
-    made = talking.partner()
-    made.model.tokenizer = load_tokenizer(folder)
-    return made
+def partner():
+    return talking.partner()
 
 
 def alone(partner, wave: np.ndarray, query: dict) -> tuple[np.ndarray, str]:
@@ -84,170 +75,6 @@ def test_seeds_and_temperatures_are_each_sessions_own(partner):
     first, same, other = asyncio.run(go())
     assert np.array_equal(first.wave, same.wave) and first.text == same.text
     assert not np.array_equal(first.wave, other.wave)
-
-
-def test_wishes_for_the_text(partner):
-    """Padding that is much likelier leaves nothing else; a penalty leaves no word twice while it looks back."""
-    held, s = Dialogues(partner, 1), partner.model.spec.text
-    hot = {"text_temperature": "1", "audio_temperature": "0", "text_topk": "0"}
-    held.enter("padded", Wishes.of(hot | {"pad_mult": "100"}))
-    held.enter("new", Wishes.of({"text_temperature": "0", "audio_temperature": "0", "repetition_penalty": "1e2"}))
-    tokens = {"padded": [], "new": []}
-    for frame in speech(12).reshape(-1, FRAME):
-        for key, said in held.step({"padded": frame, "new": frame}).items():
-            tokens[key] += [said.token] if said else []
-    assert set(tokens["padded"]) == {s.padding}
-    words = [token for token in tokens["new"] if token not in (s.padding, s.word_end)]
-    assert len(words) > 3 and len(set(words)) == len(words)
-
-
-def test_the_engine_gives_and_takes_rows(partner):
-    held = Dialogues(partner, 4)
-    greedy = Wishes.of({"text_temperature": "0", "audio_temperature": "0"})
-    frames = speech(9).reshape(-1, FRAME)
-    held.enter("a", greedy)
-    lone = [held.step({"a": frame})["a"] for frame in frames]
-    held.leave("a")
-    assert len(held.keys) == 1
-    for key in "bcd":
-        held.enter(key, greedy)
-    said = []
-    for i, frame in enumerate(frames):
-        company = {"b": frames[-i - 1]} if i in (2, 3) else {}
-        said.append(held.step({"c": frame} | company)["c"])
-        if i == 4:
-            held.leave("b")
-    assert held.keys == ["c", "d"]
-    assert [one and one.token for one in said] == [one and one.token for one in lone]
-    assert max(np.abs(a.wave - b.wave).max() for a, b in zip(said[1:], lone[1:], strict=True)) < 1e-5
-    assert held.step({}) == {}
-
-
-def test_rows_that_are_fixed_as_on_a_gpu(partner, monkeypatch):
-    """A row is taken again after its conversation, and a step that was captured is begun anew for who samples."""
-    class Captured:
-        def __init__(self, step):
-            self.step, self.renewed = step, 0
-
-        def renew(self):
-            self.renewed += 1
-
-        def __call__(self):
-            return self.step()
-    monkeypatch.setattr(dialogues, "Replay", Captured)
-    held, lone = Dialogues(partner, 1), Dialogues(partner, 1)
-    held.static = True
-    held.resize(2, [])
-    greedy, frames = Wishes.of({"text_temperature": "0", "audio_temperature": "0"}), speech(6).reshape(-1, FRAME)
-    held.enter("a", greedy)
-    assert held.advance.renewed == 0
-    held.enter("b", Wishes())
-    assert held.advance.renewed == 1
-    for frame in frames:
-        held.step({"a": frame, "b": frame})
-    held.leave("a")
-    held.enter("c", greedy)
-    lone.enter("c", greedy)
-    assert held.keys == ["c", "b"] and held.advance.renewed == 1
-    for frame in frames:
-        ours, theirs = held.step({"b": frame, "c": frame})["c"], lone.step({"c": frame})["c"]
-        assert (ours and ours.token) == (theirs and theirs.token)
-    assert np.abs(ours.wave - theirs.wave).max() < 1e-5
-
-
-def test_tokens_that_are_no_words(partner):
-    """Padding, and those beyond the tokenizer's vocabulary, for which the model has rows."""
-    seat = engine.Seat(Wishes(), print, print, words=TextStream(partner.model.tokenizer))
-    it = engine.Engine(partner, 1, Metrics())
-    known = partner.model.tokenizer.encode("hello")
-    assert [it.text(seat, token) for token in (0, 3, talking.WORDS - 1)] == ["", "", ""]
-    assert "".join(it.text(seat, token) for token in known) == "hello"
-
-
-class Device:
-    """In place of sounddevice: blocks of a microphone, and of a loudspeaker that keeps them, as fast as asked for."""
-
-    microphone, loudspeaker, going = [], [], threading.Event()
-
-    def __init__(self, callback, blocksize, **_):
-        self.callback, self.blocksize = callback, blocksize
-
-    def __enter__(self):
-        self.going.clear()
-        self.thread = threading.Thread(target=self.run)
-        self.thread.start()
-
-    def __exit__(self, *_):
-        self.going.set()
-        self.thread.join()
-
-
-class Microphone(Device):
-    def run(self):
-        for block in self.microphone:
-            self.callback(block[:, None], self.blocksize, None, None)
-            self.going.wait(0.01)
-
-
-class Loudspeaker(Device):
-    def run(self):
-        while not self.going.is_set():
-            block = np.zeros((self.blocksize, 1), np.float32)
-            self.callback(block, self.blocksize, None, None)
-            if block.any():
-                self.loudspeaker.append(block[:, 0])
-            self.going.wait(0.002)
-
-
-def test_kyutais_python_client(partner, monkeypatch):
-    """Its own code, unchanged, against the server: ten frames said, nine answered, text printed, no complaint but that
-    it does not know handshakes and metadata."""
-    fake = types.ModuleType("sounddevice")
-    fake.InputStream, fake.OutputStream = Microphone, Loudspeaker
-    monkeypatch.setitem(sys.modules, "sounddevice", fake)
-    client_module = pytest.importorskip("moshi.client", reason="needs the package moshi")
-    Device.microphone, Device.loudspeaker = list(speech(10).reshape(-1, FRAME)), []
-    said, logged = [], []
-    printer = types.SimpleNamespace(log=lambda level, message: logged.append((level, message)), print_lag=lambda: None,
-                                    print_token=said.append, print_pending=lambda: None)
-
-    async def go():
-        async with served(partner) as (client, _), client.ws_connect("/api/chat") as socket:
-            connection = client_module.Connection(printer, socket, asyncio.get_running_loop())
-            running = asyncio.create_task(connection.run())
-            async with asyncio.timeout(20):
-                while len(Device.loudspeaker) < 9:
-                    await asyncio.sleep(0.02)
-            running.cancel()
-            await asyncio.gather(running, return_exceptions=True)
-    asyncio.run(go())
-    assert len(Device.loudspeaker) == 9 and np.abs(np.concatenate(Device.loudspeaker)).max() > 0.1
-    assert said and {level for level, _ in logged} == {"warning"}
-    assert {message for _, message in logged} == {"unknown message kind 0", "unknown message kind 4"}
-
-
-def test_what_kyutais_web_client_asks_of_a_server(partner, monkeypatch):
-    """The handshake first, only kinds that it knows, metadata with all of its fields, and something every 10 s although
-    nobody speaks."""
-    monkeypatch.setattr(session, "KEEPALIVE", 0.1)
-
-    async def go():
-        query = ("text_temperature=0.7&text_topk=25&audio_temperature=0.8&audio_topk=250&pad_mult=0&text_seed=7&"
-                 "audio_seed=8&repetition_penalty_context=64&repetition_penalty=1")
-        async with served(partner) as (client, _), Speaker.joined(client, query) as speaker:
-            await speaker.listen(lambda it: it.kinds.count(6) == 3)
-            await speaker.say(speech(4))
-            await speaker.listen(lambda it: it.kinds.count(1) == 3)
-            return speaker
-    speaker = asyncio.run(go())
-    assert speaker.kinds[0] == 0 and set(speaker.kinds) <= set(range(8))
-    assert max(np.diff(speaker.at)) < 10
-    facts = speaker.told[0]
-    for name in ("text_temperature", "text_topk", "audio_temperature", "audio_topk", "pad_mult",
-                 "repetition_penalty_context", "repetition_penalty"):
-        assert isinstance(facts[name], int | float)
-    assert isinstance(facts["lm_model_file"], str) and isinstance(facts["instance_name"], str)
-    assert len(facts["build_info"]) == 10 and all(isinstance(value, str) for value in facts["build_info"].values())
 
 
 def test_the_queue_says_its_place_and_moves(partner):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import json
+import tempfile
 import time
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -24,6 +25,7 @@ from mm.recipes.talk import protocol, sound
 from mm.recipes.talk.limits import Limits
 from mm.recipes.talk.partner import Partner
 from mm.recipes.talk.server import Address, Server
+from mm.tokenizer import load_tokenizer
 
 WORDS = 40
 FRAME, RATE = 1920, 24000
@@ -54,15 +56,18 @@ def lm() -> DuplexLM:
 
 def partner() -> Partner:
     torch.manual_seed(0)
-    return Partner(lm(), codec.small(fast()), "small")
+    made = Partner(lm(), codec.small(fast()), "small")
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "tokenizer.model").write_bytes(words())
+        made.model.tokenizer = load_tokenizer(folder)
+    return made
 
 
 def written(folder: Path) -> Path:
-    """The same partner on disk: weights, codec and words under Kyutai's names."""
+    """The same partner on disk: weights and words, and the codec in a folder of its own."""
     made = partner()
     made.model.save_pretrained(folder)
     made.codec.save_pretrained(folder / "codec")
-    (folder / "tokenizer_spm_32k_3.model").write_bytes(words())
     return folder
 
 
