@@ -35,7 +35,7 @@ ENOUGH = 0.99  # of the frames have to be on time
 def talk(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mm bench talk", description=__doc__)
     parser.add_argument("--model", metavar="DIR", help="a duplex model with its codec (default: random weights in the "
-                                                       "shape of duplex_small.yaml, and a random Mimi of full size)")
+                                                       "shapes of the recipes duplex_small and codec_small)")
     parser.add_argument("--codec", metavar="DIR", help="its Mimi, where none lies beside it")
     parser.add_argument("--sound", type=Path, help="what the speakers say, over and over (default: bursts of noise)")
     parser.add_argument("--seconds", type=positive, default=20, help="that each speaks (default: 20)")
@@ -75,16 +75,18 @@ def random_model(folder: Path) -> str:
     from mm import DuplexLM
     from mm.tokenizer import load_tokenizer
 
-    from ...codecs.families.kyutai import OFFICIAL
     from ...codecs.mimi import Mimi
+    from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
     from ..talk.partner import CODEC
     from ..train.duplex_settings import DuplexShape
     from ..train.fit_duplex import new_spec
     from ..weights import stories260k
 
     torch.manual_seed(0)
-    words = load_tokenizer(stories260k())
-    model, codec = DuplexLM(new_spec(DuplexShape(), words, 8, 8, 2048)), Mimi(OFFICIAL)
+    words, stack = load_tokenizer(stories260k()), mimi_stack(dim=160, depth=3, heads=5, hidden=384, window=32)
+    codec = Mimi(MimiSpec(seanet=Seanet(filters=16), encoder=stack, decoder=stack,
+                          quantizer=Quantizer(codebooks=8, size=1024, dim=64)))
+    model = DuplexLM(new_spec(DuplexShape(), words, 8, 8, 1024))
     for name, value in codec.named_buffers():
         if name.endswith(".sum"):
             value.normal_()

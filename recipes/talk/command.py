@@ -40,7 +40,9 @@ def talk(argv: list[str]) -> int:
     if args.file is not None:
         from .file import answer
 
-        return answer(Partner.open(args.model, args.codec, args.device), args)
+        partner = Partner.open(args.model, args.codec, args.device)
+        partner.arrange(1)
+        return answer(partner, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     address, most = address_of(args), limits_of(args)
     with contextlib.suppress(KeyboardInterrupt):
@@ -53,7 +55,8 @@ async def run(partner, address: Address, limits: Limits, args: argparse.Namespac
     from .capacity import capacity
     from .server import Server, serve
 
-    places = args.sessions or await asyncio.to_thread(capacity, partner)
+    places = args.sessions or capacity(partner)
+    partner.arrange(places)
 
     def ready(url: str) -> None:
         shown = url + (f"?token={address.token}" if address.token else "")

@@ -54,6 +54,17 @@ class Partner:
         found = codec or beside(name)
         return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name))
 
+    def arrange(self, rows: int) -> None:
+        """On a CPU, weights in the order in which a step of so many conversations is fastest."""
+        from mm.arrange import arrange, arrange_for_rows
+        from mm.linear import ONEDNN
+
+        if self.device.type == "cpu" and rows == 1:
+            arrange(self.model)
+        elif self.device.type == "cpu" and ONEDNN:
+            arrange_for_rows(self.model)
+            arrange_for_rows(self.codec)
+
     @property
     def device(self) -> torch.device:
         return self.model.text.weight.device
