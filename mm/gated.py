@@ -10,30 +10,28 @@ from torch import Tensor
 
 
 def silu_down(both: Tensor, weight: Tensor) -> Tensor:
-    """both (K, N, 2 H), gate beside up, and weight (K, D, H) -> silu(gate) * up times the weight, (K, N, D). Keeps
-    `both` for the gradient, not the product."""
+    """both (K, N, 2 H), gate beside up, and weight (K, D, H) -> silu(gate) * up times the weight, (K, N, D). The caller
+    gives `both` away: it is all that is kept, and becomes its own gradient, so a graph is gone through once."""
     return SiluDown.apply(both, weight)
 
 
 class SiluDown(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, both: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(both, weight)
+        ctx.both = both
+        ctx.save_for_backward(weight)
         gate, up = both.chunk(2, -1)
         return torch.bmm(F.silu(gate).mul_(up), weight.mT)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        both, weight = ctx.saved_tensors
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:
+        (weight,), both, ctx.both = ctx.saved_tensors, ctx.both, None
         gate, up = both.chunk(2, -1)
-        passed, made = F.silu(gate), None
-        if ctx.needs_input_grad[1]:
-            made = torch.bmm(slope.mT, passed * up)
-        if not ctx.needs_input_grad[0]:
-            return None, made
-        inner, out = torch.bmm(slope, weight), torch.empty_like(both)
-        to_gate, to_up = out.chunk(2, -1)
-        torch.mul(inner, passed, out=to_up)
-        torch.ops.aten.silu_backward.grad_input(inner.mul_(up), gate, grad_input=to_gate)
-        return out, made
+        made = torch.bmm(slope.mT, F.silu(gate).mul_(up)) if ctx.needs_input_grad[1] else None
+        inner = torch.bmm(slope, weight)
+        to_up = F.silu(gate).mul_(inner)
+        inner.mul_(up)
+        up.copy_(to_up)
+        torch.ops.aten.silu_backward.grad_input(inner, gate, grad_input=gate)
+        return both, made

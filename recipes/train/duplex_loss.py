@@ -88,8 +88,8 @@ class Scores(torch.autograd.Function):
                     slope = logits.sub_(log_z.unsqueeze(-1)).exp_().mul_(share.unsqueeze(-1))
                     slope.scatter_add_(2, hit, -share.unsqueeze(-1))
                     collect(grads, cut, hidden[:, cut], weight, slope.to(hidden.dtype))
-        ctx.save_for_backward(*(None if grad is None else grad.to(x.dtype)
-                                for grad, x in zip(grads, (hidden, weight, bias), strict=True)))
+        ctx.grads = [None if grad is None else grad.to(x.dtype)
+                     for grad, x in zip(grads, (hidden, weight, bias), strict=True)]
         made = tuple(one.clone() for one in sums)
         ctx.mark_non_differentiable(*made[1:])
         return made
@@ -97,11 +97,14 @@ class Scores(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor, *_: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, bias = ctx.saved_tensors
+        (hidden, weight, bias), ctx.grads = ctx.grads, (None,) * 3  # scaled where they lie, and only once
         each = slope[:, None, None]
+        for grad in (hidden, weight):
+            if grad is not None:
+                grad.mul_(each.to(grad.dtype))
         if bias is not None:
-            bias = bias * (each[..., 0] if bias.ndim == 2 else slope).to(bias.dtype)
-        return *(None if grad is None else grad * each.to(grad.dtype) for grad in (hidden, weight)), bias, *[None] * 3
+            bias.mul_((each[..., 0] if bias.ndim == 2 else slope).to(bias.dtype))
+        return hidden, weight, bias, *[None] * 3
 
 
 def collect(grads: list[Tensor | None], cut: slice, hidden: Tensor, weight: Tensor, slope: Tensor) -> None:

@@ -129,6 +129,17 @@ def test_low_rank_changes_of_a_checkpoint_train_alone(data, whole, tmp_path):
     assert not any(name.endswith("codes.weight") for name in held)
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("spread", ["true", "false"])
+def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
+    """Spread weights (FSDP2) and a copy on each (DDP)."""
+    argv = options(data, tmp_path / "two", "--trainer.max_steps", "60", "--trainer.devices", "2", "--shard", spread)
+    subprocess.run([sys.executable, "-m", "mm.recipes.cli", "train", "duplex", *argv], check=True, capture_output=True)
+    for name, column in (("train.csv", "loss"), ("train.csv", "gradient"), ("validation.csv", "perplexity")):
+        one, two = ([float(row[column]) for row in rows(folder / name)][:8] for folder in (whole, tmp_path / "two"))
+        assert two == pytest.approx(one, rel=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- data
 def test_rows_hold_every_frame_once_a_pass():
     talks = [Dialogue(str(i), np.arange(n) + np.full((3, 1), 100 * i)) for i, n in enumerate((7, 3, 12, 1))]
