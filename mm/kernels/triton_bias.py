@@ -28,7 +28,7 @@ def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k
     position, document, unprefixed = locate(q_at, b, token, inside)
     rows = (position, document, token, head, draw)
     column = tl.arange(0, triton.next_power_of_2(plan.buckets))
-    gathered = tl.zeros([plan.rows, triton.next_power_of_2(plan.buckets)], tl.float32)
+    gathered = tl.full([plan.rows, triton.next_power_of_2(plan.buckets)], 0.0, tl.float32)
     seed = 0 if seed is None else tl.load(seed)
     begin, a, z, end = ranges(spans, b, tile, T, S, plan)
     for i in range(begin, end):

@@ -24,8 +24,8 @@ def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, 
     peak, total = begin(sinks, head, plan)
     if plan.sinks:  # a sink counts once
         peak, total = tl.where(split == 0, peak, -float("inf")), tl.where(split == 0, total, 0.0)
-    out1 = tl.zeros([plan.rows, plan.v1], tl.float32)
-    out2 = peak if plan.v2 == 0 else tl.zeros([plan.rows, plan.v2], tl.float32)
+    out1 = tl.full([plan.rows, plan.v1], 0.0, tl.float32)
+    out2 = peak if plan.v2 == 0 else tl.full([plan.rows, plan.v2], 0.0, tl.float32)
     seed = 0 if seed is None else tl.load(seed)
     for first in range(split * run, tl.minimum(split * run + run, S), plan.keys):
         out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, b,
@@ -46,7 +46,7 @@ def join(parts, sums, out, lse, T, splits, width: tl.constexpr, padded: tl.const
     token, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
     heads = tl.num_programs(1)
     column = tl.arange(0, padded)
-    total, peak, mixed = 0.0, -float("inf"), tl.zeros([padded], tl.float32)
+    total, peak, mixed = 0.0, -float("inf"), tl.full([padded], 0.0, tl.float32)
     for split in range(splits):
         here = wide((b * splits + split) * heads + head)
         part = tl.load(parts.data + here * parts.head + token * parts.token + column, mask=column < width, other=0.0)

@@ -65,7 +65,7 @@ def step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, 
 def begin(sinks, head, plan: tl.constexpr):
     """Maximum and sum before any key: a sink's weight, or nothing."""
     peak = tl.full([plan.rows], -float("inf"), tl.float32)
-    total = tl.zeros([plan.rows], tl.float32)
+    total = tl.full([plan.rows], 0.0, tl.float32)
     if plan.sinks:
         peak = tl.load(sinks + head).to(tl.float32) * LOG2E
         total += 1.0
@@ -99,8 +99,8 @@ def forward(q, k, v, out, lse, q_at, k_at, q_turn, k_turn, sinks, bias, seed, sp
     position, document, _ = locate(q_at, b, token, inside)
     rows = (position, document, token, head)
     peak, total = begin(sinks, head, plan)
-    out1 = tl.zeros([plan.rows, plan.v1], tl.float32)
-    out2 = peak if plan.v2 == 0 else tl.zeros([plan.rows, plan.v2], tl.float32)
+    out1 = tl.full([plan.rows, plan.v1], 0.0, tl.float32)
+    out2 = peak if plan.v2 == 0 else tl.full([plan.rows, plan.v2], 0.0, tl.float32)
     seed = 0 if seed is None else tl.load(seed)
     begin_at, a, z, end = ranges(spans, b, tile, T, S, plan)
     for i in range(a, z):
