@@ -78,11 +78,18 @@ class Conv(nn.Module):
         return out
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The same by torch, for long inputs with gradients."""
-        x = (F.elu(x) if self.elu else x).transpose(1, 2)
-        x = F.pad(x, (self.past, 0), mode="replicate" if self.replicate else "constant")
-        weight = self.weight.transpose(1, 2)
-        return F.conv1d(x, weight, self.bias, self.stride, dilation=self.dilation).transpose(1, 2)
+        """The same by torch, for long inputs with gradients; as a picture whose channels come last, so that nothing is
+        moved in memory."""
+        x = F.elu(x) if self.elu else x
+        if self.replicate:
+            x = torch.cat([x[:, :1].expand(-1, self.past, -1), x], 1)
+        elif self.past:
+            x = F.pad(x, (0, 0, self.past, 0))
+        if self.kernel == self.stride == 1:
+            return F.linear(x, self.weight[:, 0], self.bias)
+        picture, weight = (y.transpose(1, 2).unsqueeze(2) for y in (x, self.weight))
+        out = F.conv2d(picture, weight, self.bias, (1, self.stride), dilation=(1, self.dilation))
+        return out.squeeze(2).transpose(1, 2)
 
     def fill(self, x: Tensor, state: Past | None) -> Tensor:
         """(B, P + T, C): the past, then the activated input."""
@@ -183,8 +190,18 @@ class ConvTranspose(Upsampling):
 
     def forward(self, x: Tensor, state: Debt | None = None, rows: Tensor | None = None,
                 valid: Tensor | None = None) -> Tensor:
+        if torch.is_grad_enabled():
+            return self.convolve(x)
         parts = linear(F.elu(x), self.weight.flatten(0, 1)).unflatten(-1, (2 * self.stride, self.outputs))
         return self.overlap(parts, self.bias, state, rows)
+
+    def convolve(self, x: Tensor) -> Tensor:
+        """The same as two products, of each step and of the one before, which need no addition in parts."""
+        x = F.elu(x)
+        before, bias = F.pad(x[:, :-1], (0, 0, 1, 0)), self.bias.repeat(self.stride)
+        own, late = (half.flatten(0, 1) for half in self.weight.split(self.stride))
+        out = F.linear(x, own, bias) + F.linear(before, late)
+        return out.view(len(x), -1, self.outputs)
 
 
 class DepthwiseTranspose(Upsampling):
