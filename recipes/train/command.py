@@ -23,6 +23,8 @@ KINDS = {  # what trains, the class of its settings, what it is
            "a language model on texts or conversations, from scratch or from a checkpoint"),
     "duplex": ("mm.recipes.train.fit_duplex:fit", "mm.recipes.train.duplex_settings:DuplexJob",
                "a duplex model on stereo conversations with aligned words, from scratch or from a checkpoint"),
+    "codec": ("mm.recipes.train.fit_codec:fit", "mm.recipes.train.codec_settings:CodecJob",
+              "a neural codec from sounds, from scratch or from a checkpoint"),
 }
 CONFIGS = Path(__file__).parent.parent / "configs"
 

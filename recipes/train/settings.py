@@ -237,4 +237,4 @@ class ClipJob:
 
 
 FREE = frozenset(("trainer.max_steps", "trainer.devices", "trainer.threads", "trainer.log", "trainer.evaluate",
-                  "trainer.save", "data.workers", "export.dtype"))  # may change when a run goes on
+                  "trainer.save", "data.workers", "export.dtype", "loss.adversarial_from"))  # may change when a run goes on
