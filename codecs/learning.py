@@ -38,7 +38,7 @@ class Learning:
     def __post_init__(self) -> None:
         require_rates(self, "decay", "expire")
         require(min(self.rounds, self.look) > 0, "Learning.rounds and look must be positive")
-        require(0 <= min(self.dropout, self.skip) and max(self.dropout, self.skip) <= 1,
+        require(min(self.dropout, self.skip) >= 0 and max(self.dropout, self.skip) <= 1,
                 "Learning.dropout and skip must lie in [0, 1]")
 
 

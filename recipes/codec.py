@@ -32,7 +32,8 @@ def codec(argv: list[str]) -> int:
     for command, names in ((encoding, ("SOUND", "CODES")), (decoding, ("CODES", "SOUND")), (playing, ("FILE",))):
         for name in names:
             command.add_argument(name.lower(), metavar=name, type=Path)
-        command.add_argument("--model", required=True, help="a Mimi directory, hub name or Kyutai's safetensors file")
+        command.add_argument("--model", default="codec_small", help="a Mimi directory, hub name or Kyutai's "
+                             "safetensors file, or codec_small, which ships with this package (default)")
         command.add_argument("--int8", action="store_true", help="8-bit weights in the transformers (CPU)")
         device_option(command)
     for command in (encoding, playing):
@@ -48,9 +49,10 @@ def load(args: argparse.Namespace) -> Mimi:
     from mm.quantize import quantize
 
     from ..codecs.mimi import Mimi
+    from .weights import shipped
 
     device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = Mimi.from_pretrained(args.model, dtype=torch.float32, device=device)
+    model = Mimi.from_pretrained(shipped(args.model), dtype=torch.float32, device=device)
     args.weights = model.fingerprint()
     if args.int8:
         for stack in (model.encoder_stack, model.decoder_stack):

@@ -105,7 +105,7 @@ class CodecRecipe(Recipe):
         if self.echo is not None:
             terms["semantic"] = 1 - F.cosine_similarity(self.echo(made.semantic), batch.features, dim=-1).mean()
         if self.jury is not None and self.global_step >= self.loss.adversarial_from:
-            terms["adversarial"], terms["features"], terms["critics"] = self.jury(out, batch.wave)
+            terms["adversarial"], terms["features"], terms["critics"] = self.jury(out, batch.wave, self.mean)
         return terms
 
     def mean(self, x: Tensor) -> Tensor:

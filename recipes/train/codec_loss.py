@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -79,10 +79,10 @@ class Jury(nn.Module):
         super().__init__()
         self.critics = nn.ModuleList(Critic(window, filters) for window in windows)
 
-    def forward(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor, y: Tensor, mean: Callable[[Tensor], Tensor]) -> tuple[Tensor, Tensor, Tensor]:
         """x (B, 1, L) that a codec made of y -> three losses: what the codec is told by the judgements, and by what the
         critics see in x and y, neither of which has a gradient for the critics; what the critics are told (hinge),
-        which has none for the codec."""
+        which has none for the codec. `mean` of () is over processes, without gradient."""
         sums = [x.new_zeros(()) for _ in range(3)]
         for critic in self.critics:
             critic.requires_grad_(False)
@@ -90,7 +90,7 @@ class Jury(nn.Module):
             critic.requires_grad_(True)
             real, known = critic(y)
             fake, _ = critic(x.detach())
-            apart = [(a - b.detach()).abs().mean() / b.detach().abs().mean().clamp(min=QUIET)
+            apart = [(a - b.detach()).abs().mean() / mean(b.abs().mean()).clamp(min=QUIET)
                      for a, b in zip(seen, known, strict=True)]
             found = (-judged.mean(), torch.stack(apart).mean(), F.relu(1 - real).mean() + F.relu(1 + fake).mean())
             sums = [total + value / len(self.critics) for total, value in zip(sums, found, strict=True)]

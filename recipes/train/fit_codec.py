@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mm.checkpoint import write_json
+from mm.schema import require
 
 from ...codecs.weight_norm import folded
-from ..data.sounds import SoundModule
+from ..data.sounds import SoundModule, length_of
 from .codec import CodecRecipe
+from .codec_loss import SCALES
 from .codec_settings import CodecJob
 from .codec_start import starting_model, teacher_of
 from .codec_watch import COLUMNS, CodecWatch, Exam
@@ -31,6 +33,7 @@ def fit(job: CodecJob) -> None:
     data = SoundModule(job.data, codec.spec.rate, codec.spec.frame, job.trainer.seed, out / SOUNDS)
     data.folder.mkdir(exist_ok=True)
     data.prepare_data()
+    check_rows(data)
     exam = Exam(data.validation) if data.validation else None
     watch = CodecWatch(out, job.trainer, exam, COLUMNS, data.told)
     late = bool(job.loss.adversarial and job.loss.adversarial_from)  # until when discriminators have no gradient
@@ -49,6 +52,13 @@ def fit(job: CodecJob) -> None:
         measured = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
         print("\n".join([*([f"on what was held out: {measured}"] if measured else []),
                          f"wrote {out / MODEL}, {out / METRICS} and {out / CURVES}"]), file=sys.stderr)
+
+
+def check_rows(data: SoundModule) -> None:
+    """Raises InputError for rows that are shorter than the spectrograms of a loss need."""
+    length, least = length_of(data.training, data.data), max(window for window, _ in SCALES) // 2
+    require(length > least, f"data.seconds {data.data.seconds} makes rows of {length} samples at {data.rate} Hz: they "
+                            f"must be longer than {least} samples")
 
 
 def introduce(job: CodecJob, data: SoundModule, recipe: CodecRecipe, checkpoint: Path | None) -> None:

@@ -236,5 +236,6 @@ class ClipJob:
             raise InputError(f"lora.towers should name some of image, text and audio, not {', '.join(odd) or 'none'}")
 
 
+# What may change when a run goes on.
 FREE = frozenset(("trainer.max_steps", "trainer.devices", "trainer.threads", "trainer.log", "trainer.evaluate",
-                  "trainer.save", "data.workers", "export.dtype", "loss.adversarial_from"))  # may change when a run goes on
+                  "trainer.save", "data.workers", "export.dtype", "loss.adversarial_from"))

@@ -26,7 +26,8 @@ class WhisperTeacher:
 
     def __init__(self, name: str, device: torch.device) -> None:
         model = Whisper.from_pretrained(name, dtype=torch.float32, device=device)
-        self.encoder, self.bins, self.width, self.device = model.encoder, model.spec.mels, model.spec.encoder.dim, device
+        self.encoder, self.device = model.encoder, device
+        self.bins, self.width = model.spec.mels, model.spec.encoder.dim
         self.name = f"{name} {model.fingerprint()}"
 
     @torch.inference_mode()

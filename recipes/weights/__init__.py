@@ -17,11 +17,28 @@ def emoji_clip() -> Path:
 
     Raises InputError when this installation lacks it.
     """
-    path = Path(__file__).parent / "emoji_clip"
+    return whole("emoji_clip", "mm train clip --config clip_emoji.yaml")
+
+
+def codec_small() -> Path:
+    """The directory of the small codec trained on speech by `mm train codec --config codec_small.yaml`.
+
+    Raises InputError when this installation lacks it.
+    """
+    return whole("codec_small", "mm train codec --config codec_small.yaml")
+
+
+def whole(name: str, command: str) -> Path:
+    path = Path(__file__).parent / name
     if not (path / "model.safetensors").is_file():
         raise InputError(f"the shipped weights are not at {path}: install the package again, or train them with "
-                         "`mm train clip --config clip_emoji.yaml`")
+                         f"`{command}`")
     return path
 
 
-SHIPPED = {"stories260k": stories260k}  # what commands call them
+def shipped(name: str | Path) -> str | Path:
+    """The directory behind the name of shipped weights; any other name as it is."""
+    return SHIPPED[name]() if str(name) in SHIPPED and not Path(name).exists() else name
+
+
+SHIPPED = {"stories260k": stories260k, "codec_small": codec_small}  # what commands call them

@@ -1,0 +1,15 @@
+"""What each of two processes does in test_train_codec.py; a module of its own, so that a spawned process finds it."""
+
+import os
+
+import torch
+
+from mm.recipes.train.codec_settings import CodecJob
+from mm.recipes.train.command import parse
+from mm.recipes.train.fit_codec import fit
+
+
+def process(rank: int, port: int, argv: list[str]) -> None:
+    torch.set_num_threads(1)
+    os.environ |= {"LOCAL_RANK": str(rank), "MASTER_ADDR": "localhost", "MASTER_PORT": str(port)}
+    fit(parse(CodecJob, "mm train codec", argv))
