@@ -4,6 +4,7 @@ from mm.lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "CLIP": "mm.encoders.clip",
+    "Hubert": "mm.encoders.hubert",
     "TextTower": "mm.encoders.text",
     "ViT": "mm.encoders.vit",
     "Whisper": "mm.encoders.whisper",

@@ -9,7 +9,7 @@ from mm.schema import require
 from ...codecs.mimi import Mimi
 from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
 from .codec_settings import CodecJob, CodecShape
-from .teacher import WhisperTeacher
+from .teacher import Teacher, teacher
 
 
 def starting_model(job: CodecJob) -> Mimi:
@@ -29,5 +29,5 @@ def new_spec(shape: CodecShape) -> MimiSpec:
                     decoder=stack, stride=shape.stride, quantizer=quantizer)
 
 
-def teacher_of(job: CodecJob, device: torch.device) -> WhisperTeacher | None:
-    return WhisperTeacher(job.loss.teacher, device) if job.loss.teacher and job.loss.semantic else None
+def teacher_of(job: CodecJob, device: torch.device) -> Teacher | None:
+    return teacher(job.loss.teacher, device) if job.loss.teacher and job.loss.semantic else None

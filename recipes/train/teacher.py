@@ -9,9 +9,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm import checkpoint
 from mm.checkpoint import read_json, replacing, write_json
 from mm.errors import InputError
 
+from ...encoders.families.hubert import FAMILIES as HUBERT
+from ...encoders.hubert import Hubert
 from ...encoders.logmel import RATE, log_mel
 from ...encoders.whisper import Whisper
 from ..data.sounds import Store
@@ -36,7 +39,31 @@ class WhisperTeacher:
         return self.encoder(log_mel(wave, self.bins)[None].to(self.device))[0].cpu()
 
 
-def lessons(teacher: WhisperTeacher, held: Store, to: Path) -> np.ndarray:
+class HubertTeacher:
+    """A HuBERT over the same windows."""
+
+    def __init__(self, name: str, device: torch.device) -> None:
+        self.model, self.device = Hubert.from_pretrained(name, dtype=torch.float32, device=device), device
+        self.width, self.name = self.model.spec.stack.dim, f"{name} {self.model.fingerprint()}"
+
+    @torch.inference_mode()
+    def __call__(self, wave: Tensor) -> Tensor:
+        """(30 s of samples at 16 kHz,) -> (1499, D), 50 a second."""
+        return self.model(wave[None].to(self.device))[0].cpu()
+
+
+Teacher = WhisperTeacher | HubertTeacher
+
+
+def teacher(name: str, device: torch.device) -> Teacher:
+    """The teacher that a name means, by what its files say. Raises InputError."""
+    path = Path(name).expanduser()
+    if path.is_file() or HUBERT.kind_of(checkpoint.resolve(name, HUBERT.weights)) is None:
+        return WhisperTeacher(name, device)
+    return HubertTeacher(name, device)
+
+
+def lessons(teacher: Teacher, held: Store, to: Path) -> np.ndarray:
     """(frames, D) float16, each channel with mean 0 and deviation 1, written to a file unless it is there. Raises
     InputError when the file is another teacher's."""
     index, frames = to.with_suffix(".json"), int(held.starts[-1])
@@ -49,7 +76,7 @@ def lessons(teacher: WhisperTeacher, held: Store, to: Path) -> np.ndarray:
     return np.memmap(to, np.float16, "r", shape=(frames, teacher.width))
 
 
-def listen(teacher: WhisperTeacher, held: Store, to: Path) -> None:
+def listen(teacher: Teacher, held: Store, to: Path) -> None:
     from torchaudio.functional import resample
 
     rate, frames = held.rate / held.frame, int(held.starts[-1])

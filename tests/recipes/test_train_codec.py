@@ -31,7 +31,7 @@ from mm.recipes.train.codec_settings import CodecJob, CodecLoss
 from mm.recipes.train.command import parse
 from mm.recipes.train.fit_codec import fit
 from mm.recipes.train.run import read_log
-from mm.recipes.train.teacher import pooled, standardise
+from mm.recipes.train.teacher import pooled, standardise, teacher
 
 RATE = 1600
 CONFIG = """
@@ -151,13 +151,14 @@ def test_a_teacher_is_heard_once_and_moves_the_semantic_codebook(data, tmp_path,
             calls.append(len(wave))
             level = wave.view(1500, 320).abs().mean(1, keepdim=True)
             return torch.cat([level * i for i in range(-3, 3)], 1) + 0.01 * torch.randn(1500, 6)
-    monkeypatch.setattr(codec_start, "WhisperTeacher", lambda *_: Teacher())
-    out = train(data, tmp_path / "out", "--loss.teacher", "somewhere", "--loss.semantic", "2")
+    monkeypatch.setattr(codec_start, "teacher", lambda *_: Teacher())
+    argv = ("--loss.teacher", "somewhere", "--loss.semantic", "30", "--loss.adversarial", "0")
+    out = train(data, tmp_path / "out", *argv, "--trainer.max_steps", "80")
     log = read_log(out / "train.csv")
-    assert calls == [30 * 16000] and np.mean(log["semantic"][-5:]) < 0.8 * np.mean(log["semantic"][:5])
+    assert calls == [30 * 16000] and np.mean(log["semantic"][-10:]) < 0.9 * np.mean(log["semantic"][:10])
     heard = np.memmap(out / "sounds" / "teacher.f16", np.float16, "r").reshape(-1, 6).astype(float)
     assert np.abs(heard.mean(0)).max() < 0.01 and np.abs(heard.std(0) - 1).max() < 0.01
-    train(data, out, "--loss.teacher", "somewhere", "--loss.semantic", "2", "--trainer.max_steps", "41")
+    train(data, out, *argv, "--trainer.max_steps", "81")
     assert len(calls) == 1
 
 
@@ -283,6 +284,19 @@ def test_si_sdr_by_hand():
     noise = noise * y.norm() / noise.norm() / 10
     assert float(si_sdr(3 * (y + noise) + 5, y)) == pytest.approx(20)
     assert used(torch.tensor([[0, 1, 1], [3, 3, 3]]), 4) == 37.5
+
+
+def test_teachers_are_told_by_their_files(tmp_path):
+    import transformers
+
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 24,
+             "num_conv_pos_embeddings": 8, "num_conv_pos_embedding_groups": 2, "conv_dim": [8] * 7}
+    transformers.HubertModel(transformers.HubertConfig(**sizes)).save_pretrained(tmp_path)
+    found = teacher(str(tmp_path), torch.device("cpu"))
+    assert found.width == 16 and pooled(found(torch.randn(30 * 16000)), 375).shape == (375, 16)
+    (tmp_path / "config.json").write_text('{"model_type": "clip"}')
+    with pytest.raises(InputError, match="holds no Whisper checkpoint"):
+        teacher(str(tmp_path), torch.device("cpu"))
 
 
 def test_pooling_covers_twice_a_frame_and_channels_are_standardised():
