@@ -10,12 +10,13 @@ from torch import Tensor, nn
 from torch.nn.utils.parametrizations import weight_norm
 
 SCALES = ((32, 4), (64, 8), (128, 16), (256, 32), (512, 64), (1024, 96), (2048, 128))  # window in samples, mel bands
-QUIET = 1e-5
+FLOOR, QUIET = 1e-3, 1e-5  # of samples up to 1
 SLOPE = 0.2
 
 
 class MelDistance(nn.Module):
-    """x, y (B, 1, L) -> (), the mean over scales of the mean distance of log10 of mel bands (Kumar et al., 2023)."""
+    """x, y (B, 1, L) -> (), the mean over scales of the mean distance of log10 of mel bands (Kumar et al., 2023), which
+    are scaled so that white noise has its own deviation in every band, and are deaf to what is far below `FLOOR`."""
 
     def __init__(self, rate: int) -> None:
         super().__init__()
@@ -23,9 +24,10 @@ class MelDistance(nn.Module):
 
         self.scales = SCALES
         for window, bands in self.scales:
-            bank = melscale_fbanks(window // 2 + 1, 0.0, rate / 2, bands, rate, norm="slaney", mel_scale="slaney")
+            bank, hann = melscale_fbanks(window // 2 + 1, 0.0, rate / 2, bands, rate), torch.hann_window(window)
+            bank = bank / bank.sum(0).clamp(min=QUIET) / hann.square().sum().sqrt()
             self.register_buffer(f"bank{window}", bank, persistent=False)
-            self.register_buffer(f"hann{window}", torch.hann_window(window), persistent=False)
+            self.register_buffer(f"hann{window}", hann, persistent=False)
 
     def forward(self, x: Tensor, y: Tensor) -> Tensor:
         """y: the original, which gets no gradient."""
@@ -40,7 +42,7 @@ class MelDistance(nn.Module):
         """(B, 1, L) -> (B, T, bands)"""
         spectrum = stft(x, window, getattr(self, f"hann{window}"))
         size = (spectrum.real.square() + spectrum.imag.square() + QUIET**2).sqrt()
-        return (size.transpose(1, 2) @ getattr(self, f"bank{window}")).clamp(min=QUIET).log10()
+        return (size.transpose(1, 2) @ getattr(self, f"bank{window}") + FLOOR).log10()
 
 
 def stft(x: Tensor, window: int, hann: Tensor) -> Tensor:

@@ -48,8 +48,9 @@ class HubertTeacher:
 
     @torch.inference_mode()
     def __call__(self, wave: Tensor) -> Tensor:
-        """(30 s of samples at 16 kHz,) -> (1499, D), 50 a second."""
-        return self.model(wave[None].to(self.device))[0].cpu()
+        """(30 s of samples at 16 kHz,) -> (1500, D), 50 a second, of which the last is there twice."""
+        heard = self.model(wave[None].to(self.device))[0].cpu()
+        return torch.cat([heard, heard[-1:]])
 
 
 Teacher = WhisperTeacher | HubertTeacher
