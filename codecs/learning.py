@@ -15,31 +15,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mm.schema import require, require_rates, spec
-
 from .quantizer import Codebook, ResidualQuantizer, SplitQuantizer
+from .spec import Learning
 
 FEWEST = 4  # vectors for each centre of k-means
-
-
-@spec
-class Learning:
-    """decay: of the running sums. rounds: of k-means. expire: entries used less than this share of the mean are
-    replaced by vectors of the batch, every so many steps (`look`). dropout: the probability that a sequence uses some
-    of the acoustic codebooks only. skip: the probability that it is not quantised at all."""
-
-    decay: float = 0.99
-    rounds: int = 50
-    expire: float = 0.1
-    look: int = 5
-    dropout: float = 0.5
-    skip: float = 0.5
-
-    def __post_init__(self) -> None:
-        require_rates(self, "decay", "expire")
-        require(min(self.rounds, self.look) > 0, "Learning.rounds and look must be positive")
-        require(min(self.dropout, self.skip) >= 0 and max(self.dropout, self.skip) <= 1,
-                "Learning.dropout and skip must lie in [0, 1]")
 
 
 class Learned(NamedTuple):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mm.schema import require, spec
+from mm.schema import require, require_rates, spec
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Rope, Sight, Stack
 
 
@@ -75,6 +75,29 @@ class MimiSpec:
     def frame_rate(self) -> float:
         """Frames per second."""
         return self.rate / self.frame
+
+
+@spec
+class Learning:
+    """How codebooks learn (`codecs.learning`).
+
+    decay: of the running averages that entries are. rounds: of k-means at the start. expire: entries that are used less
+    than this share of the mean are replaced by vectors of the batch, every `look` steps. dropout: the probability that
+    a sequence uses some of the acoustic codebooks only. skip: the probability that a sequence is not quantised at all.
+    """
+
+    decay: float = 0.99
+    rounds: int = 50
+    expire: float = 0.1
+    look: int = 5
+    dropout: float = 0.5
+    skip: float = 0.5
+
+    def __post_init__(self) -> None:
+        require_rates(self, "decay", "expire")
+        require(min(self.rounds, self.look) > 0, "Learning.rounds and look must be positive")
+        require(min(self.dropout, self.skip) >= 0 and max(self.dropout, self.skip) <= 1,
+                "Learning.dropout and skip must lie in [0, 1]")
 
 
 def mimi_stack(*, dim: int = 512, depth: int = 8, heads: int = 8, hidden: int = 2048, window: int = 250,

@@ -24,15 +24,15 @@ from torch import Tensor, nn
 
 from mm.schema import from_data, to_data
 
-from ...codecs.learning import Learning, learn, perplexity, use
+from ...codecs.learning import learn, perplexity, use
 from ...codecs.mimi import Mimi
 from ...codecs.quantizer import Codebook
-from ...codecs.spec import MimiSpec
+from ...codecs.spec import Learning, MimiSpec
 from ...codecs.weight_norm import add_weight_norm
 from ..data.sampler import torch_seed
 from ..data.sounds import SoundBatch
 from .codec_loss import Jury, MelDistance
-from .codec_settings import Books, CodecLoss, CodecOptim, Critics
+from .codec_settings import CodecLoss, CodecOptim, Critics
 from .gather import mean_over_processes
 from .optim import adamw
 from .recipe import Recipe
@@ -52,12 +52,12 @@ class CodecRecipe(Recipe):
     learner = "codec"
 
     def __init__(self, spec: MimiSpec | dict[str, Any], optim: CodecOptim | dict[str, Any],
-                 loss: CodecLoss | dict[str, Any], books: Books | dict[str, Any], critics: Critics | dict[str, Any],
+                 loss: CodecLoss | dict[str, Any], books: Learning | dict[str, Any], critics: Critics | dict[str, Any],
                  seed: int = 0, heard: int | None = None, codec: Mimi | None = None) -> None:
         super().__init__(CodecOptim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = CodecLoss(**loss) if isinstance(loss, dict) else loss
-        self.books = Books(**books) if isinstance(books, dict) else books
+        self.books = Learning(**books) if isinstance(books, dict) else books
         self.judges = Critics(**critics) if isinstance(critics, dict) else critics
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "books": asdict(self.books),
@@ -84,7 +84,7 @@ class CodecRecipe(Recipe):
         generator = torch.Generator(device).manual_seed(torch_seed(self.seed, step, QUANTISING))
         latents = self.codec.analyse(batch.wave.transpose(1, 2), None, None, None)
         with torch.autocast(device.type, enabled=False):
-            made = learn(self.codec.quantizer, latents.float(), Learning(**asdict(self.books)), step, generator)
+            made = learn(self.codec.quantizer, latents.float(), self.books, step, generator)
         out = self.codec.synthesise(made.latents).transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
             terms = self.terms(out.float(), batch, made)

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 from mm.errors import InputError
 
+from ...codecs.spec import Learning
 from ..data.sound_settings import SoundData
 from .settings import Export, Optim, Trainer
 
@@ -31,21 +32,6 @@ class CodecShape:
     codebooks: int = 8
     size: int = 2048
     dim: int = 256
-
-
-@dataclass(frozen=True, kw_only=True)
-class Books:
-    """How the codebooks learn. decay: of the running averages that entries are. rounds: of k-means at the start.
-    expire: entries that are used less than this share of the mean are replaced, every `look` steps. dropout: the
-    probability that a sequence uses some of the acoustic codebooks only. skip: the probability that a sequence is not
-    quantised at all."""
-
-    decay: float = 0.99
-    rounds: int = 50
-    expire: float = 0.1
-    look: int = 5
-    dropout: float = 0.5
-    skip: float = 0.5
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,7 +99,7 @@ class CodecJob:
     out: str = "runs/codec"
     model: str | None = None
     shape: CodecShape = CodecShape()
-    books: Books = Books()
+    books: Learning = Learning()
     loss: CodecLoss = CodecLoss()
     critics: Critics = Critics()
     optim: CodecOptim = CodecOptim()

@@ -9,8 +9,9 @@ from books import WORLD, process, quantizer, several, vectors
 from support import close
 
 from mm.codecs import Mimi
-from mm.codecs.learning import Learning, begin, draw, kmeans, learn, move, perplexity, replace, use
+from mm.codecs.learning import begin, draw, kmeans, learn, move, perplexity, replace, use
 from mm.codecs.quantizer import Codebook, SplitQuantizer
+from mm.codecs.spec import Learning
 from mm.codecs.weight_norm import add_weight_norm, folded, normed
 from mm.errors import InputError
 

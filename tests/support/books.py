@@ -7,9 +7,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.codecs.learning import Learning, learn
+from mm.codecs.learning import learn
 from mm.codecs.quantizer import SplitQuantizer
-from mm.codecs.spec import Quantizer
+from mm.codecs.spec import Learning, Quantizer
 
 WORLD, STEPS = 2, 12
 
