@@ -1,6 +1,7 @@
 """The house: nothing imports upward, the core knows no trainer and no pictures, the command starts without torch."""
 
 import ast
+import tomllib
 from collections.abc import Iterator
 from importlib.util import resolve_name
 from pathlib import Path
@@ -66,6 +67,13 @@ def test_no_package_folder_is_left_out_of_the_distribution():
     listed = (ROOT / "pyproject.toml").read_text()
     folders = {package_of(floor, path) for floor, path in FILES}
     assert not [name for name in folders if f'"{name}"' not in listed]
+
+
+def test_shipped_weights_are_in_the_distribution():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]
+    weights = ROOT / "recipes" / "weights"
+    held = {path for pattern in settings["mm.recipes.weights"] for path in weights.glob(pattern)}
+    assert {path for path in weights.rglob("*") if path.is_file() and path.suffix not in (".py", ".pyc")} <= held
 
 
 def test_no_init_files_under_tests():

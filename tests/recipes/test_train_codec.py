@@ -124,6 +124,7 @@ def test_a_run_learns_and_leaves_sounds_pictures_and_a_plain_codec(whole, capsys
     assert recipe.loss == CodecLoss(adversarial_from=25)
 
 
+@pytest.mark.full
 def test_two_processes_train_the_codec_of_one(data, tmp_path):
     with socket.socket() as free:
         free.bind(("localhost", 0))
