@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from pathlib import Path
 
 import codec
 import numpy as np
@@ -11,6 +12,9 @@ import torch
 
 from mm.codecs.file import Reader
 from mm.recipes.cli import main
+from mm.recipes.weights import codec_small
+
+CLIP = Path(__file__).parent.parent / "encoders/clips/ljspeech/wavs/LJ001-0011.flac"
 
 
 @pytest.fixture
@@ -109,3 +113,19 @@ def test_help_names_the_three(capsys):
         main(["codec", "--help"])
     said = capsys.readouterr().out
     assert all(name in said for name in ("encode", "decode", "play"))
+
+
+def test_the_codec_that_ships_is_the_default_and_carries_speech(tmp_path, monkeypatch, capsys):
+    from mm.encoders.audio import read_sound
+    from mm.recipes.train.codec_loss import MelDistance
+
+    monkeypatch.chdir(tmp_path)
+    assert main(["codec", "encode", str(CLIP), "talk.mimi"]) == 0 and "1.00 kbit/s" in capsys.readouterr().out
+    assert main(["codec", "decode", "talk.mimi", "out.wav"]) == 0
+    original, wave = (read_sound(path, 24000)[None, None] for path in (CLIP, "out.wav"))
+    assert wave.shape == original.shape
+    distance = MelDistance(24000)
+    assert distance(wave, original) < 0.5 * distance(0.1 * torch.randn_like(wave), original)
+    loud = [part.unfold(-1, 4800, 4800).square().mean(-1).flatten() for part in (wave, original)]
+    assert torch.corrcoef(torch.stack(loud))[0, 1] > 0.9
+    assert sum(path.stat().st_size for path in codec_small().iterdir()) < 16e6
