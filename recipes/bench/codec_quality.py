@@ -32,7 +32,6 @@ from ..search.progress import Bar
 from ..train.codec_loss import MelDistance
 from ..transcribe import load
 from .report import Case, report
-from .whisper import GREEDY
 
 if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
@@ -170,7 +169,7 @@ class Judge:
     def errors(self, waves: list[Tensor], texts: list[str]) -> float:
         """Percent of words that Whisper gets wrong; waves at 16 kHz."""
         self.loaded = self.loaded or load(self.whisper, "cpu")
-        return word_error_rate([one.text for one in transcribe(self.loaded, waves, GREEDY)], texts)
+        return word_error_rate([one.text for one in transcribe(self.loaded, waves)], texts)
 
 
 def at16k(wave: Tensor, rate: int) -> Tensor:
