@@ -26,6 +26,8 @@ class WholeFiles(TorchCheckpointIO):
         try:
             with replacing(Path(path)) as part, open(part, "wb") as file:
                 torch.save(checkpoint, file)
+        except InputError as error:
+            raise InputError(f"{error}; {kept}") from None
         except (OSError, RuntimeError) as error:  # torch's writer turns the one into the other
             cause = error if isinstance(error, OSError) else error.__context__
             reason = cause.strerror if isinstance(cause, OSError) else error
