@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mm.duplex import DuplexLM
@@ -60,13 +59,6 @@ class DuplexRecipe(Recipe):
                      "right": (right / said).mean() if len(right) else right.sum(),
                      "lr": self.optimizers().param_groups[0]["lr"]}
         return (text + audio) * world
-
-    def total(self, x: Tensor) -> Tensor:
-        """Its sum over the processes that read different rows, without gradient."""
-        x = x.detach().clone()
-        if readers(self.trainer)[1] > 1:
-            dist.all_reduce(x, group=self.device_mesh["data_parallel"].get_group() if self.hollow else None)
-        return x
 
     def after_step(self) -> None:
         self.last["frames/s"] = self.frames / (time.perf_counter() - self.began)

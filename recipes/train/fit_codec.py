@@ -16,11 +16,10 @@ from .codec_loss import SCALES
 from .codec_settings import CodecJob
 from .codec_start import starting_model, teacher_of
 from .codec_watch import COLUMNS, CodecWatch, Exam
-from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
+from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .memory import keep_memory
 from .shard import strategy
 from .teacher import lessons
-from .watch import CURVES
 
 SOUNDS = "sounds"
 
@@ -49,9 +48,7 @@ def fit(job: CodecJob) -> None:
     if trainer.is_global_zero:
         export(folded(recipe.average), out / MODEL, job.export.dtype)
         write_json(out / METRICS, account(job, data, recipe, watch))
-        measured = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
-        print("\n".join([*([f"on what was held out: {measured}"] if measured else []),
-                         f"wrote {out / MODEL}, {out / METRICS} and {out / CURVES}"]), file=sys.stderr)
+        conclude(out, watch)
 
 
 def check_rows(data: SoundModule) -> None:

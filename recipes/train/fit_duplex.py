@@ -25,9 +25,9 @@ from ..data.sampler import Order
 from .duplex import DuplexRecipe
 from .duplex_loss import losses
 from .duplex_settings import DuplexJob, DuplexLoss, DuplexShape
-from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
+from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .shard import strategy
-from .watch import CURVES, Watch
+from .watch import Watch
 
 COLUMNS = ("loss", "text", "audio", "perplexity", "right", "lr", "gradient", "frames/s")
 CODES = "codes"
@@ -53,9 +53,7 @@ def fit(job: DuplexJob) -> None:
         write_json(out / METRICS, facts(job, recipe, watch) | {
             "length": job.data.length, "frames": data.training.frames,
             "parameters": sum(p.numel() for p in recipe.module.parameters())})
-        told = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
-        print((f"on what was held out: {told}\n" if told else "") + f"wrote {out / MODEL}, {out / METRICS} and "
-              f"{out / CURVES}", file=sys.stderr)
+        conclude(out, watch)
 
 
 def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:

@@ -20,13 +20,13 @@ from ..data.corpus import open_corpus
 from ..data.corruption import SENTINELS
 from ..data.lm import Batches, Fixed, LmModule, objective_for
 from ..data.sampler import Order
-from .launch import METRICS, MODEL, export, facts, lightning_trainer, start
+from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .lm import LmRecipe, losses
 from .lm_settings import LmJob, LmLoss
 from .lm_start import Model, embed_of, opened, starting_model
 from .shard import strategy
 from .tokenizer import train_tokenizer
-from .watch import CURVES, Watch
+from .watch import Watch
 
 COLUMNS = ("loss", "perplexity", "lr", "gradient", "tokens/s")
 TOKENIZER, TOKENS = "tokenizer", "tokens"
@@ -50,8 +50,7 @@ def fit(job: LmJob) -> None:
         merge_lora(average)
         export(average, out / MODEL, job.export.dtype)
         write_json(out / METRICS, account(job, data, recipe, watch))
-        print("\n".join([*conclude(watch), f"wrote {out / MODEL}, {out / METRICS} and {out / CURVES}"]),
-              file=sys.stderr)
+        conclude(out, watch)
 
 
 def prepare(job: LmJob) -> tuple[Model, LmModule]:
@@ -128,8 +127,3 @@ def account(job: LmJob, data: LmModule, recipe: LmRecipe, watch: Watch) -> dict[
         "tokens": data.training.spans.size, "vocabulary": data.tokenizer.vocab_size, "left_out": data.notes,
         "parameters": sum(p.numel() for p in recipe.module.parameters()),
         "trained": sum(p.numel() for p in recipe.module.parameters() if p.requires_grad)}
-
-
-def conclude(watch: Watch) -> list[str]:
-    measured = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
-    return [f"on what was held out: {measured}"] if measured else []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 import warnings
 from dataclasses import asdict
 from pathlib import Path
@@ -16,7 +17,7 @@ from torch import nn
 from ..bench.report import machine
 from .run import WholeFiles, begin
 from .settings import FREE, Trainer
-from .watch import Watch
+from .watch import CURVES, Watch
 
 MODEL, METRICS = "model", "metrics.json"
 
@@ -60,6 +61,13 @@ def lightning_trainer(settings: Trainer, watch: Watch, strategy: str | ModelPara
 
 def export(model: nn.Module, folder: Path, dtype: str) -> None:
     model.to(getattr(torch, dtype)).eval().save_pretrained(folder)
+
+
+def conclude(out: Path, watch: Watch) -> None:
+    """Says what the last evaluation measured, if there was one, and what a run wrote."""
+    measured = ", ".join(f"{name} {value:.3f}" for name, value in watch.measured.items())
+    lines = [f"on what was held out: {measured}"] if measured else []
+    print("\n".join([*lines, f"wrote {out / MODEL}, {out / METRICS} and {out / CURVES}"]), file=sys.stderr)
 
 
 def facts(job: Job, recipe: lightning.LightningModule, watch: Watch) -> dict[str, Any]:

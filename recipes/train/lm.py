@@ -7,7 +7,6 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from mm.balance import balance_loss, load, move_corrections, z_loss
@@ -87,13 +86,6 @@ class LmRecipe(Recipe):
         """() How many of the batch's targets are this process's."""
         count = (targets != NONE).sum().float()
         return count / self.total(count).clamp(min=1)
-
-    def total(self, x: Tensor) -> Tensor:
-        """Its sum over the processes that read different rows, without gradient."""
-        x = x.detach().clone()
-        if readers(self.trainer)[1] > 1:
-            dist.all_reduce(x, group=self.device_mesh["data_parallel"].get_group() if self.hollow else None)
-        return x
 
     def after_step(self) -> None:
         if self.loads:

@@ -74,6 +74,13 @@ class Recipe(lightning.LightningModule):
             if data.size() > 1:
                 shard(self.towers(model), data)
 
+    def total(self, x: Tensor) -> Tensor:
+        """Its sum over the processes that read different rows, without gradient."""
+        x = x.detach().clone()
+        if readers(self.trainer)[1] > 1:
+            dist.all_reduce(x, group=self.device_mesh["data_parallel"].get_group() if self.hollow else None)
+        return x
+
     def whole_average(self) -> nn.Module:
         """The averaged model in one piece; all processes have to call it."""
         return whole(self.average, self.hollow[0]) if self.hollow else self.average
