@@ -1,0 +1,85 @@
+"""What a person asks of the shipped duplex model, what it answers, and whether an answer that was heard is right.
+
+The words to repeat are one of each of the 50 lists of six that the Modified Rhyme Test reads aloud in "Please select
+the word X." (House et al., 1965), so that recordings of people saying them exist; the lists differ by one consonant.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from typing import Literal
+
+Kind = Literal["sum", "word", "greeting"]
+KINDS: tuple[Kind, ...] = ("sum", "word", "greeting")
+
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
+           "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
+LARGER = ("nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred")
+# word: its list and place there in the Modified Rhyme Test
+WORDS = {
+    "tent": (1, 5), "gold": (2, 6), "path": (3, 4), "lake": (4, 4), "kit": (5, 1), "dust": (6, 5), "teach": (7, 4),
+    "dig": (8, 4), "bed": (9, 1), "win": (10, 6), "duck": (11, 3), "sun": (12, 2), "seed": (13, 6), "pot": (14, 4),
+    "nest": (15, 6), "pick": (16, 6), "bath": (17, 2), "day": (18, 5), "wig": (19, 4), "page": (20, 3),
+    "cake": (21, 4), "shop": (22, 1), "boil": (23, 5), "tap": (24, 3), "fig": (25, 5), "game": (26, 3),
+    "feel": (27, 3), "park": (28, 5), "heap": (29, 5), "cup": (30, 1), "law": (31, 2), "pen": (32, 1),
+    "puff": (33, 1), "beach": (34, 2), "seat": (35, 4), "lip": (36, 5), "king": (37, 5), "bang": (38, 3),
+    "book": (39, 6), "map": (40, 3), "race": (41, 6), "safe": (42, 6), "hill": (43, 4), "sing": (44, 4),
+    "tale": (45, 4), "kick": (46, 3), "peak": (47, 3), "bus": (48, 2), "sad": (49, 5), "run": (50, 5),
+}
+GREETINGS = ("Hello.", "Hi there.", "Good morning.", "Hey.", "Good evening.", "Hello there.")
+SUM = ("What is {} plus {}?", "What's {} and {}?", "{} plus {}.", "How much is {} plus {}?", "Add {} and {}.",
+       "Can you add {} and {}?")
+WORD = ("Repeat the word {}.", "Say the word {}.", "Please select the word {}.")
+READ = WORD[2]  # as the talkers of the Modified Rhyme Test say it
+
+# How else a listener may spell what sounds the same
+SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "teech": "teach", "peek": "peak",
+           "pique": "peak", "tail": "tale", "sees": "seed", "puf": "puff", "busse": "bus", "whig": "wig"}
+
+
+@dataclass(frozen=True)
+class Question:
+    """`expect` is the key word of the answer."""
+
+    kind: Kind
+    text: str
+    answer: str
+    expect: str
+
+
+def sum_of(a: int, b: int, phrasing: str) -> Question:
+    text = phrasing.format(NUMBERS[a], NUMBERS[b])
+    total = NUMBERS[a + b]
+    return Question("sum", text[0].upper() + text[1:], f"It is {total}.", total)
+
+
+def repeat(word: str, phrasing: str) -> Question:
+    return Question("word", phrasing.format(word), f"The word is {word}.", word)
+
+
+def greet(text: str) -> Question:
+    return Question("greeting", text, "Hello, how can I help you?", "hello")
+
+
+def answers() -> list[str]:
+    """Every sentence that the model says, once."""
+    return [*(f"It is {number}." for number in NUMBERS), *(f"The word is {word}." for word in WORDS),
+            greet(GREETINGS[0]).answer]
+
+
+# ----------------------------------------------------------------------------------------- the judge
+def correct(kind: Kind, expect: str, transcript: str) -> bool:
+    """Whether a transcript, such as Whisper's, holds the key word and, for sums and words, no other one."""
+    heard = plain(transcript)
+    if kind == "greeting":
+        return bool({"hello", "hi", "help"} & set(heard))
+    keys = (NUMBERS, LARGER) if kind == "sum" else (WORDS,)
+    return {word for word in heard if word.isdecimal() or any(word in known for known in keys)} == {expect}
+
+
+def plain(transcript: str) -> list[str]:
+    """Lower-case words, without punctuation, digits up to 18 written out, spellings by sound made one."""
+    words = re.findall(r"[a-z]+|\d+", transcript.lower().replace("'", ""))
+    return [NUMBERS[int(word)] if word.isdecimal() and int(word) < len(NUMBERS) else SPELLED.get(word, word)
+            for word in words]

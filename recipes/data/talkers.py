@@ -1,0 +1,69 @@
+"""Who asks, who answers, and what each of them says: the sentences of which dialogues are made.
+
+People are played by the voices of Kokoro 82M (Apache-2.0), of which many are of other languages and speak English with
+an accent, and by four talkers of the Modified Rhyme Test (NIST, public domain), recorded in a booth.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+
+import numpy as np
+
+from .asked import GREETINGS, READ, SUM, WORD, WORDS, Question, answers, greet, repeat, sum_of
+from .sampler import generator
+
+OWN = "hibari"  # the model's one voice
+VOICES = ("af_alloy", "af_aoede", "af_bella", "af_jessica", "af_kore", "af_nicole", "af_river", "af_sarah", "am_adam",
+          "am_eric", "am_fenrir", "am_liam", "am_michael", "am_onyx", "am_santa", "bf_emma", "bf_isabella", "bf_lily",
+          "bm_daniel", "bm_fable", "bm_lewis", "ef_dora", "em_alex", "em_santa", "ff_siwis", "hf_alpha", "hf_beta",
+          "hm_omega", "hm_psi", "if_sara", "im_nicola", "jf_alpha", "jf_gongitsune", "jf_nezumi", "jf_tebukuro",
+          "jm_kumo", "pf_dora", "pm_alex", "pm_santa", "zf_xiaobei", "zf_xiaoni", "zf_xiaoxiao", "zf_xiaoyi",
+          "zm_yunjian", "zm_yunxi", "zm_yunxia", "zm_yunyang")
+VOICES_HELD_OUT = ("af_sky", "af_nova", "am_echo", "am_puck", "bf_alice", "bm_george")
+PEOPLE = ("F1", "M3")
+PEOPLE_HELD_OUT = ("F3", "M4")
+HELD_OUT = frozenset(VOICES_HELD_OUT + PEOPLE_HELD_OUT)
+SHARES, SHARES_HELD_OUT = (60, 40, len(GREETINGS)), (25, 15, 3)  # sums, words and greetings that a voice says
+SLOWEST, FASTEST = 0.85, 1.2
+LINES = 40  # the last number of the keys of random generators
+
+
+@dataclass(frozen=True)
+class Line:
+    """What one talker says at a speed; `question` is None for the model's answers."""
+
+    talker: str
+    text: str
+    speed: float = 1.0
+    question: Question | None = None
+
+    @property
+    def file(self) -> str:
+        """Where its sound lies in a folder of utterances: it depends on all that the sound depends on."""
+        words = re.sub(r"[^a-z]+", "-", self.text.lower().replace("'", "")).strip("-")
+        return f"{self.talker}/{words}_{self.speed:.2f}.flac"
+
+
+def lines(seed: int) -> list[Line]:
+    """All that is said, the answers first, then a sentence of each talker in turn, so that a part of the list already
+    holds every voice."""
+    scripts = [script(talker, SHARES_HELD_OUT if talker in HELD_OUT else SHARES, generator(seed, index, LINES))
+               for index, talker in enumerate(VOICES + VOICES_HELD_OUT)]
+    read = [[Line(talker, one.text, question=one) for one in (repeat(word, READ) for word in WORDS)]
+            for talker in PEOPLE + PEOPLE_HELD_OUT]
+    asked = scripts + read
+    turns = max(map(len, asked))
+    return [Line(OWN, text) for text in answers()] + [one[i] for i in range(turns) for one in asked if i < len(one)]
+
+
+def script(talker: str, shares: tuple[int, int, int], random: np.random.Generator) -> list[Line]:
+    """What a voice says, in random order: different sums, words and greetings, each in one phrasing."""
+    digits, words = 10, list(WORDS)
+    asked = [sum_of(pair // digits, pair % digits, SUM[random.integers(len(SUM))])
+             for pair in random.permutation(digits * digits)[:shares[0]]]
+    asked += [repeat(words[i], WORD[random.integers(len(WORD))]) for i in random.permutation(len(words))[:shares[1]]]
+    asked += [greet(GREETINGS[i]) for i in random.permutation(len(GREETINGS))[:shares[2]]]
+    return [Line(talker, asked[i].text, round(random.uniform(SLOWEST, FASTEST), 2), asked[i])
+            for i in random.permutation(len(asked))]

@@ -1,0 +1,36 @@
+"""What is asked, what is answered, and which transcripts of an answer count."""
+
+import pytest
+
+from mm.recipes.data import asked
+
+
+def test_sums_words_and_greetings():
+    one = asked.sum_of(9, 9, "{} plus {}.")
+    assert (one.text, one.answer, one.expect) == ("Nine plus nine.", "It is eighteen.", "eighteen")
+    assert asked.repeat("cake", asked.READ).text == "Please select the word cake."
+    assert asked.repeat("cake", asked.READ).answer == "The word is cake."
+    assert len(asked.answers()) == len(set(asked.answers())) == 19 + 50 + 1
+
+
+def test_the_words_are_one_of_each_list_and_sound_unlike():
+    assert sorted(batch for batch, _ in asked.WORDS.values()) == list(range(1, 51))
+    assert all(1 <= place <= 6 for _, place in asked.WORDS.values())
+    assert not set(asked.WORDS) & {*asked.NUMBERS, *asked.SPELLED, "the", "word", "is"}
+
+
+@pytest.mark.parametrize("kind, expect, transcript", [
+    ("sum", "seven", " It is 7."), ("sum", "eighteen", "It is 18"), ("sum", "seven", "IT IS SEVEN!"),
+    ("sum", "four", "It is for."), ("word", "tale", "The word is tail."), ("word", "cake", "the word is, cake"),
+    ("greeting", "hello", "Hello, how can I help you?"), ("greeting", "hello", "how can I help")])
+def test_right(kind, expect, transcript):
+    assert asked.correct(kind, expect, transcript)
+
+
+@pytest.mark.parametrize("kind, expect, transcript", [
+    ("sum", "seven", "It is 17."), ("sum", "seven", "It is seventy seven."), ("sum", "seven", "It is 6 7."),
+    ("sum", "seven", "It is 77."), ("sum", "seven", "It is 107"), ("sum", "seven", "seven eight"), ("sum", "seven", ""),
+    ("word", "cake", "The word is lake."), ("word", "cake", "The word is cake lake."), ("word", "cake", "The word is"),
+    ("word", "cake", "pancake"), ("greeting", "hello", "It is seven."), ("greeting", "hello", "")])
+def test_wrong(kind, expect, transcript):
+    assert not asked.correct(kind, expect, transcript)
