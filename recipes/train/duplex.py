@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -15,12 +16,14 @@ from mm.schema import from_data, to_data
 from mm.spec import DuplexSpec
 
 from ..data.duplex import DuplexBatch
-from ..data.sampler import readers
+from ..data.sampler import readers, torch_seed
 from .duplex_loss import losses
 from .duplex_settings import DuplexLoss, DuplexOptim
 from .lm_settings import LmLora
 from .optim import adamw
 from .recipe import Recipe
+
+DEPTH = 12  # the last number of the key of the generator that chooses frames for the depth transformer
 
 
 class DuplexRecipe(Recipe):
@@ -50,7 +53,8 @@ class DuplexRecipe(Recipe):
 
     def training_step(self, batch: DuplexBatch, batch_idx: int) -> Tensor:
         """This process's share of the means over all targets of the batch."""
-        made, world = losses(self.module, batch.codes, self.loss, batch.documents), readers(self.trainer)[1]
+        made = losses(self.module, batch.codes, self.loss, batch.documents, deep=self.deep(batch.documents))
+        world = readers(self.trainer)[1]
         weight = self.total(made.weight)
         text, audio = (part / whole.clamp(min=1e-9) for part, whole in zip(made[:2], weight, strict=True))
         right, said = self.total(made.right), self.total(made.said).clamp(min=1)
@@ -59,6 +63,14 @@ class DuplexRecipe(Recipe):
                      "right": (right / said).mean() if len(right) else right.sum(),
                      "lr": self.optimizers().param_groups[0]["lr"]}
         return (text + audio) * world
+
+    def deep(self, documents: Tensor) -> Tensor | None:
+        """The frames that the depth transformer learns from in this step."""
+        if self.loss.depth == 1:
+            return None
+        seed = torch_seed(self.seed, self.global_step, readers(self.trainer)[0], DEPTH)
+        order = torch.randperm(documents.numel(), generator=torch.Generator().manual_seed(seed))
+        return order[:math.ceil(self.loss.depth * len(order))].to(documents.device)
 
     def after_step(self) -> None:
         self.last["frames/s"] = self.frames / (time.perf_counter() - self.began)

@@ -29,9 +29,10 @@ class Losses(NamedTuple):
 
 
 def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tensor | None = None,
-           conditions: Conditioned | None = None) -> Losses:
+           conditions: Conditioned | None = None, deep: Tensor | None = None) -> Losses:
     """codes (B, 1 + Q, T), documents (B, T) of packed conversations. Tokens that are not there and those that stand
-    before a stream's first do not count; the padding of the text counts less, the first codebook more."""
+    before a stream's first do not count; the padding of the text counts less, the first codebook more. deep (N,): the
+    frames of the batch, numbered row by row, whose codes count (none: all)."""
     frames, s = model.frames(codes, documents), model.spec
     hidden = model.hidden(frames.inputs, conditions, documents=documents)
     text, known = frames.targets[:, 0].flatten(), frames.known[:, 0].expand(len(codes), -1).flatten()
@@ -39,15 +40,19 @@ def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tens
     counts = known * torch.where(idle, settings.text_padding, 1.0)
     summed, entropy, _ = score(hidden.flatten(0, 1)[None], model.head.weight[None], model.head.bias, text[None],
                                counts[None], known[None])
-    own = frames.targets[:, 1:1 + s.own].transpose(0, 1).flatten(1)
-    there = frames.known[:, 1:1 + s.own].expand(len(codes), -1, -1).transpose(0, 1).flatten(1)
+    tokens, there = (x.expand(len(codes), -1, -1)[:, :1 + s.own].transpose(0, 1).flatten(1)
+                     for x in (frames.targets, frames.known))  # (1 + own, B * T)
+    hidden = hidden.flatten(0, 1)
+    if deep is not None:
+        hidden, tokens, there = hidden[deep], tokens[:, deep], there[:, deep]
+    there = there[1:]
     worth = there * torch.tensor([settings.first_codebook, *[1.0] * (s.own - 1)][:s.own],
                                  device=codes.device)[:, None]
     if model.depth is None:
         audio, right = summed.new_zeros(()), worth.new_zeros(0)
     else:
-        deep, head = model.depth.hidden(hidden, frames.targets[:, :1 + s.own]).flatten(1, 2), model.depth.head
-        audio, _, right = score(deep, head.weight, head.bias, own, worth, there)
+        made, head = model.depth.hidden(hidden[None], tokens[None]).squeeze(1), model.depth.head
+        audio, _, right = score(made, head.weight, head.bias, tokens[1:], worth, there)
     return Losses(summed.sum(), audio.sum(), torch.stack([counts.sum(), worth.sum()]), entropy.sum(), known.sum(),
                   right, there.sum(1))
 

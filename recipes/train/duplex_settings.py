@@ -78,13 +78,17 @@ class DuplexLoss:
     """Cross-entropy of the text plus that of the codes, each a weighted mean over what the model itself says.
 
     first_codebook: what a code of the first codebook counts for, the others count 1. text_padding: what padding of the
-    text counts for, words count 1.
+    text counts for, words count 1. depth: the share of the frames, others in every step, whose codes count and from
+    which the depth transformer learns; the text counts in all. Less than 1 costs less (Schalkwyk et al., 2025, CSM).
     """
 
     first_codebook: float = 100.0
     text_padding: float = 0.5
+    depth: float = 1.0
 
     def __post_init__(self) -> None:
+        if not 0 < self.depth <= 1:
+            raise InputError(f"loss.depth must lie in (0, 1], not {self.depth}")
         if min(self.first_codebook, self.text_padding) < 0:
             raise InputError("loss.first_codebook and text_padding must not be negative")
 

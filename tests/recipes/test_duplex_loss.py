@@ -73,3 +73,17 @@ def test_what_is_heard_has_no_loss_and_a_model_without_audio_has_one_of_text():
     stt = small(depth=None)
     made = losses(stt, codes, settings)
     assert made.audio == 0 and made.right.shape == (0,) and torch.isfinite(mean(made))
+
+
+def test_codes_of_chosen_frames_and_the_text_of_all():
+    model = small().double()
+    codes, settings = random_codes(model, 2, 12), DuplexLoss()
+    whole = losses(model, codes, settings)
+    parts = [losses(model, codes, settings, deep=torch.tensor(frames)) for frames in ([20, 3, 11, 0], [7, 13])]
+    others = [i for i in range(24) if i not in (20, 3, 11, 0, 7, 13)]
+    parts.append(losses(model, codes, settings, deep=torch.tensor(others)))
+    torch.testing.assert_close(sum(part.audio for part in parts), whole.audio)
+    assert torch.equal(sum(part.said for part in parts), whole.said)
+    assert torch.equal(sum(part.right for part in parts), whole.right)
+    for part in parts:
+        torch.testing.assert_close(part.text, whole.text)
