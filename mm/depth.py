@@ -16,7 +16,7 @@ from mm import rope as rotary
 from mm import spec
 from mm.gated import silu_down
 from mm.kernels import attend
-from mm.linear import add, linear, multiply
+from mm.linear import add, each, linear, multiply
 from mm.mlp import ACTIVATIONS
 from mm.norm import build_norm
 from mm.rope import Turn
@@ -52,9 +52,8 @@ class StepLinear(nn.Module):
         if len(self.weight) == 1:
             return linear(x, self.weight[0], None if self.bias is None else self.bias[0])
         weight, bias = self.of_steps(self.weight), self.bias
-        if bias is None:
-            return torch.bmm(x, weight.transpose(1, 2))
-        return torch.baddbmm(self.of_steps(bias).unsqueeze(1), x, weight.transpose(1, 2))
+        out = each(x, weight)
+        return out if bias is None else out + self.of_steps(bias).unsqueeze(1)
 
     def of_steps(self, held: Tensor) -> Tensor:
         """(sets, ...) -> (K, ...)"""

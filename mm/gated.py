@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from mm.linear import each
+
 
 def silu_down(both: Tensor, weight: Tensor) -> Tensor:
     """both (K, N, 2 H), gate beside up, and weight (K, D, H) -> silu(gate) * up times the weight, (K, N, D). The caller
@@ -21,15 +23,15 @@ class SiluDown(torch.autograd.Function):
         ctx.both = both
         ctx.save_for_backward(weight)
         gate, up = both.chunk(2, -1)
-        return torch.bmm(F.silu(gate).mul_(up), weight.mT)
+        return each(F.silu(gate).mul_(up), weight)
 
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor, Tensor | None]:
         (weight,), both, ctx.both = ctx.saved_tensors, ctx.both, None
         gate, up = both.chunk(2, -1)
-        made = torch.bmm(slope.mT, F.silu(gate).mul_(up)) if ctx.needs_input_grad[1] else None
-        inner = torch.bmm(slope, weight)
+        made = each(slope.mT, F.silu(gate).mul_(up).mT) if ctx.needs_input_grad[1] else None
+        inner = each(slope, weight.mT)
         to_up = F.silu(gate).mul_(inner)
         inner.mul_(up)
         up.copy_(to_up)

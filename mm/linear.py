@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 LARGE = 1 << 18  # weights; below, the call costs more than the kernel gains
 FEW = 32  # tokens, for which a weight must be four times as large
+WORK = 1 << 23  # multiplications, from which the call is worth it for more tokens
 SHORT = 3 << 10  # numbers of a few tokens together, up to which BLAS reads a weight once for all of them
 
 
@@ -16,18 +19,56 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
     Float32 on a CPU without gradients takes the fastest of three kernels, as measured: the BLAS behind `F.linear`, the
     same with the tokens as columns, which reads weights up to twice as fast for two to six short ones, and oneDNN. One
-    token in a compiled step is a loop of its own, which reads weights at the speed of memory."""
+    token in a compiled step is a loop of its own, which reads weights at the speed of memory. With gradients it is BLAS
+    or, for much work, oneDNN, there and back."""
     if torch.compiler.is_compiling():
         return one_token(x, weight, bias) if loops(x, weight) else F.linear(x, weight, bias)
     rows = x.numel() // weight.shape[1]
     if rows < 2 or not plain(x, weight):
         return F.linear(x, weight, bias)
+    if torch.is_grad_enabled():
+        return Product.apply(x, weight, bias) if worth_it(rows, weight) else F.linear(x, weight, bias)
     if faster_as_columns(rows, weight):
         out = torch.mm(weight, x.reshape(rows, -1).contiguous().t()).t().contiguous()
         return (out if bias is None else out.add_(bias)).view(*x.shape[:-1], -1)
     if faster_in_onednn(rows, weight):
-        return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+        return in_onednn(x, weight, bias)
     return F.linear(x, weight, bias)
+
+
+def each(x: Tensor, weight: Tensor) -> Tensor:
+    """x (K, N, D), weight (K, E, D) -> (K, N, E): as one call, or by oneDNN one after the other."""
+    if torch.compiler.is_compiling() or not plain(x, weight) or not worth_it(x.shape[1], weight[0]):
+        return torch.bmm(x, weight.mT)
+    return torch.stack([linear(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
+
+
+def in_onednn(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Product(torch.autograd.Function):
+    """`linear` in oneDNN, whose gradients are such products again."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return in_onednn(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        (x, weight), needed = ctx.saved_tensors, ctx.needs_input_grad
+        return (linear(slope, weight.t()) if needed[0] else None, outer(slope, x) if needed[1] else None,
+                slope.flatten(0, -2).sum(0) if needed[2] else None)
+
+
+def outer(slope: Tensor, x: Tensor) -> Tensor:
+    """slope (..., E), x (..., D) -> (E, D), the sum of their outer products: what a weight's gradient is. oneDNN reads
+    one of them turned over, at best the narrower."""
+    slope, x = (one.reshape(-1, one.shape[-1]).contiguous() for one in (slope, x))
+    if slope.shape[1] <= x.shape[1]:
+        return linear(slope.t(), x.t())
+    return linear(x.t(), slope.t()).t().contiguous()
 
 
 def loops(x: Tensor, weight: Tensor) -> bool:
@@ -44,8 +85,8 @@ def one_token(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def plain(x: Tensor, weight: Tensor) -> bool:
     """Float32 on a CPU with no more to it than its numbers."""
     return (weight.device.type == "cpu" and weight.dtype == x.dtype == torch.float32 and type(x) is Tensor
-            and type(weight) in (Tensor, nn.Parameter) and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu"))
+            and type(weight) in (Tensor, nn.Parameter) and not torch.is_autocast_enabled("cpu")
+            and not torch._C._are_functorch_transforms_active())
 
 
 def faster_as_columns(rows: int, weight: Tensor) -> bool:
@@ -53,11 +94,13 @@ def faster_as_columns(rows: int, weight: Tensor) -> bool:
 
 
 def faster_in_onednn(rows: int, weight: Tensor) -> bool:
-    if not ONEDNN:
-        return False
     if weight.stride(0) == 1:  # as `mm.arrange` leaves it
-        return rows > 2
-    return weight.numel() >= (LARGE if rows > FEW else 4 * LARGE)
+        return ONEDNN and rows > 2
+    return worth_it(rows, weight) if rows > FEW else ONEDNN and weight.numel() >= 4 * LARGE
+
+
+def worth_it(rows: int, weight: Tensor) -> bool:
+    return ONEDNN and rows * weight.numel() >= WORK
 
 
 ONEDNN = torch.backends.mkldnn.is_available() and hasattr(torch.ops.mkldnn, "_linear_pointwise")

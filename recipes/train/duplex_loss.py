@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import product
 from typing import Any, NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from mm.conditions import Conditioned
 from mm.duplex import DuplexLM
+from mm.linear import linear, outer
 
 from .duplex_settings import DuplexLoss
 
@@ -74,25 +76,24 @@ class Scores(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor,
                 known: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        exact, (steps, length, _) = torch.promote_types(hidden.dtype, torch.float32), hidden.shape
-        rows = max(LOGITS // (steps * weight.shape[1]), 1)
-        sums = hidden.new_zeros(3, steps, dtype=exact)
+        exact, rows = torch.promote_types(hidden.dtype, torch.float32), max(LOGITS // weight.shape[1], 1)
+        sums = hidden.new_zeros(3, len(hidden), dtype=exact)
         grads = [torch.zeros_like(x, dtype=exact) if x is not None and needed else None
                  for x, needed in zip((hidden, weight, bias), ctx.needs_input_grad, strict=False)]
+        biases = [None] * len(hidden) if bias is None else bias.expand(len(hidden), -1)
         with torch.autocast(hidden.device.type, enabled=False):
-            for i in range(0, length, rows):
-                cut = slice(i, i + rows)
-                logits = torch.bmm(hidden[:, cut], weight.mT).to(exact)
-                logits = logits if bias is None else logits.add_(bias.unsqueeze(-2))
-                hit, share, there = targets[:, cut, None], counts[:, cut].to(exact), known[:, cut].to(exact)
-                log_z, likeliest = logits.logsumexp(-1), logits.argmax(-1)
-                loss = log_z - logits.gather(2, hit)[..., 0]
-                sums += torch.stack([(loss * share).sum(1), (loss * there).sum(1),
-                                     ((likeliest == hit[..., 0]) * there).sum(1)])
+            for k, i in product(range(len(hidden)), range(0, hidden.shape[1], rows)):
+                cut = k, slice(i, i + rows)
+                logits = linear(hidden[cut], weight[k], biases[k]).to(exact)
+                hit, share, there = targets[cut].unsqueeze(1), counts[cut].to(exact), known[cut].to(exact)
+                found, top = logits.gather(1, hit)[:, 0], logits.amax(1)
+                odds = logits.sub_(top.unsqueeze(1)).exp_()
+                whole = odds.sum(1)
+                loss = whole.log() + top - found
+                sums[:, k] += torch.stack([(loss * share).sum(), (loss * there).sum(), ((found == top) * there).sum()])
                 if any(grad is not None for grad in grads):
-                    slope = logits.sub_(log_z.unsqueeze(-1)).exp_().mul_(share.unsqueeze(-1))
-                    slope.scatter_add_(2, hit, -share.unsqueeze(-1))
-                    collect(grads, cut, hidden[:, cut], weight, slope.to(hidden.dtype))
+                    slope = odds.mul_((share / whole).unsqueeze(1)).scatter_add_(1, hit, -share.unsqueeze(1))
+                    collect(grads, cut, hidden[cut], weight[k], slope.to(hidden.dtype))
         ctx.grads = [None if grad is None else grad.to(x.dtype)
                      for grad, x in zip(grads, (hidden, weight, bias), strict=True)]
         made = tuple(one.clone() for one in sums)
@@ -112,13 +113,11 @@ class Scores(torch.autograd.Function):
         return hidden, weight, bias, *[None] * 3
 
 
-def collect(grads: list[Tensor | None], cut: slice, hidden: Tensor, weight: Tensor, slope: Tensor) -> None:
+def collect(grads: list[Tensor | None], cut: tuple[int, slice], hidden: Tensor, weight: Tensor, slope: Tensor) -> None:
     """Adds what one chunk gives to the gradients of hidden, weight and bias."""
     if grads[0] is not None:
-        grads[0][:, cut] = torch.bmm(slope, weight)
-    if grads[1] is not None and grads[1].dtype == slope.dtype:
-        grads[1].baddbmm_(slope.mT, hidden)
-    elif grads[1] is not None:
-        grads[1] += torch.bmm(slope.mT, hidden)
+        grads[0][cut] = linear(slope, weight.t())
+    if grads[1] is not None:
+        grads[1][cut[0]] += outer(slope, hidden)
     if grads[2] is not None:
-        grads[2] += slope.sum(1) if grads[2].ndim == 2 else slope.sum((0, 1))
+        (grads[2][cut[0]] if grads[2].ndim == 2 else grads[2]).add_(slope.sum(0))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import logging
 import sys
 import warnings
@@ -20,6 +21,7 @@ from .settings import FREE, Trainer
 from .watch import CURVES, Watch
 
 MODEL, METRICS = "model", "metrics.json"
+M_TRIM_THRESHOLD, M_MMAP_MAX = -1, -4  # of <malloc.h>
 
 
 class Job(Protocol):
@@ -33,11 +35,21 @@ class Job(Protocol):
 def start(job: Job) -> tuple[Path, Path | None]:
     """The directory of a run and the checkpoint to go on from, if there is one; the process is set up for it."""
     quiet()
+    keep_memory()
     out = Path(job.out)
     checkpoint = begin(out, asdict(job), FREE)
     if job.trainer.threads:
         torch.set_num_threads(job.trainer.threads)
     return out, checkpoint
+
+
+def keep_memory() -> None:
+    """Asks glibc to keep the memory of large tensors for the next ones. By default it returns each to the system, which
+    clears it page by page when it is wanted again: a fifth of a small model's step on a CPU."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None) if sys.platform == "linux" else None
+    if mallopt is not None:
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
 
 
 def quiet() -> None:

@@ -5,7 +5,18 @@ import torch
 import torch.nn.functional as F
 from support import close
 
-from mm.linear import LARGE, FusedLinear, add, faster_as_columns, faster_in_onednn, linear, multiply, plain
+from mm.linear import (
+    LARGE,
+    FusedLinear,
+    add,
+    each,
+    faster_as_columns,
+    faster_in_onednn,
+    linear,
+    multiply,
+    plain,
+    worth_it,
+)
 
 
 @pytest.mark.parametrize("shape, transposed, path", [
@@ -35,9 +46,44 @@ def test_parts_of_wider_tensors_are_read_where_they_lie():
         close(linear(wide[:, ::2, :512], weight), F.linear(wide[:, ::2, :512], weight))
 
 
-def test_gradients_other_dtypes_and_small_weights_take_the_plain_path():
+@pytest.mark.parametrize("shape", [(6, 40, 64), (240, 64)])
+@pytest.mark.parametrize("out, bias", [(160, True), (64, False)])
+def test_much_work_has_the_gradients_of_the_plain_product_twice_over(shape, out, bias, monkeypatch):
+    monkeypatch.setattr("mm.linear.WORK", 240 * 64 * 64)
+    x, weight, slope = torch.randn(64, *shape[:-1]).movedim(0, -1), torch.randn(out, 64), torch.randn(*shape[:-1], out)
+    given = (x, weight, torch.randn(out)) if bias else (x, weight)
+    given = [one.requires_grad_() for one in given]
+    assert type(linear(*given).grad_fn).__name__ == "ProductBackward"
+
+    def all_of(f, *inputs):
+        made = f(*inputs)
+        first = torch.autograd.grad((made * slope.to(made.dtype)).sum(), inputs, create_graph=True)
+        return made, *first, *torch.autograd.grad(sum(one.square().sum() for one in first[:2]), inputs[:2])
+    exact = all_of(F.linear, *[one.detach().double().requires_grad_() for one in given])
+    for ours, theirs in zip(all_of(linear, *given), exact, strict=True):
+        torch.testing.assert_close(ours.double(), theirs, rtol=1e-4, atol=1e-6 * theirs.abs().max().item())
+
+
+def test_products_side_by_side_and_their_gradients(monkeypatch):
+    x, weight = torch.randn(3, 80, 32, requires_grad=True), torch.randn(3, 48, 32, requires_grad=True)
+    slope = torch.randn(3, 80, 48)
+
+    def all_of():
+        made = each(x, weight)
+        return made, *torch.autograd.grad((made * slope).sum(), (x, weight))
+    usual = all_of()
+    monkeypatch.setattr("mm.linear.WORK", 80 * 48 * 32)
+    assert worth_it(80, weight[0]) and not worth_it(79, weight[0])
+    monkeypatch.setattr(torch, "bmm", None)
+    for ours, theirs in zip(all_of(), usual, strict=True):
+        close(ours, theirs)
+
+
+def test_other_dtypes_transforms_and_small_weights_take_the_plain_path():
     x, weight = torch.randn(64, 512), torch.randn(512, 512)
-    assert not plain(x, weight)
+    seen = torch.func.vmap(lambda one: one * plain(one, weight))(x)
+    assert not seen.any()
+    assert linear(x, weight.requires_grad_()[:100]).grad_fn.name() != "ProductBackward"
     with torch.inference_mode():
         assert plain(x, weight) and not plain(x.double(), weight.double())
         assert not faster_in_onednn(64, weight[:100]) and not faster_as_columns(2, weight[:100])
