@@ -163,8 +163,8 @@ register(DuplexState, meta=("delays", "guidance", "fingerprint"))
 
 def widen(held: Controls, new: Controls) -> None:
     """Controls of more rows: what any of them needs."""
-    for name in ("random", "filtered", "penalised"):
-        setattr(held, name, getattr(held, name) or getattr(new, name))
+    for name in ("random", "most", "filtered", "penalised"):
+        setattr(held, name, max(getattr(held, name), getattr(new, name)))
 
 
 def choose_text(model: DuplexLM, hidden: Tensor, state: DuplexState, hooks: Hooks) -> Tensor:

@@ -56,7 +56,8 @@ GREEDY = Sampling()
 
 @dataclass
 class Controls:
-    """The settings of a batch as tensors (B,), and what any row of it needs: constants of a compiled step."""
+    """The settings of a batch as tensors (B,), and what any row of it needs: constants of a compiled step. most: a
+    power of two that no row's top_k exceeds, 0 where none has one; filtered: whether any has a top_p or a min_p."""
 
     temperature: Tensor
     top_k: Tensor
@@ -65,11 +66,12 @@ class Controls:
     penalty: Tensor
     seed: Tensor
     random: bool
+    most: int
     filtered: bool
     penalised: bool
 
 
-register(Controls, meta=("random", "filtered", "penalised"))
+register(Controls, meta=("random", "most", "filtered", "penalised"))
 
 
 def controls(rows: Sequence[Sampling], device: torch.device | str | None = None) -> Controls:
@@ -81,7 +83,8 @@ def controls(rows: Sequence[Sampling], device: torch.device | str | None = None)
         column("temperature", torch.float32), column("top_k", torch.long), column("top_p", torch.float32),
         column("min_p", torch.float32), column("repetition_penalty", torch.float32), seed,
         random=any(row.temperature > 0 for row in rows),
-        filtered=any(row.top_k > 0 or row.top_p < 1 or row.min_p > 0 for row in rows),
+        most=1 << (top - 1).bit_length() if (top := max((row.top_k for row in rows), default=0)) else 0,
+        filtered=any(row.top_p < 1 or row.min_p > 0 for row in rows),
         penalised=any(row.repetition_penalty != 1 for row in rows))
 
 
@@ -98,8 +101,7 @@ def choose(logits: Tensor, settings: Controls, position: Tensor, seen: Tensor | 
         return scores.argmax(-1)
     hot = settings.temperature[:, None]
     scores = scores / torch.where(hot > 0, hot, 1.0)
-    if settings.filtered:
-        scores = keep_likely(scores, settings)
+    scores = keep_likely(scores, settings)
     noise = gumbel(settings.seed, position, scores.shape[-1])
     return torch.where(hot > 0, scores + noise, scores).argmax(-1)
 
@@ -112,10 +114,21 @@ def penalise(scores: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
 
 def keep_likely(scores: Tensor, settings: Controls) -> Tensor:
     """(B, V) with -inf where top-k, then top-p (Holtzman et al., 2020), then min-p (Nguyen et al., 2024) leave out."""
-    vocab = scores.shape[-1]
+    if settings.most:
+        scores = keep_top(scores, settings.top_k[:, None], settings.most)
+    return keep_probable(scores, settings) if settings.filtered else scores
+
+
+def keep_top(scores: Tensor, k: Tensor, most: int) -> Tensor:
+    """Of each row the k (B, 1) highest, at most `most`, and those that equal the last of them; all where k is 0."""
+    best = scores.topk(min(most, scores.shape[-1])).values
+    least = best.gather(-1, (k - 1).clamp(0, best.shape[-1] - 1))
+    return scores.masked_fill((scores < least) & (k > 0), -torch.inf)
+
+
+def keep_probable(scores: Tensor, settings: Controls) -> Tensor:
+    """Top-p, then min-p."""
     ordered, order = scores.sort(-1)
-    k = torch.where(settings.top_k > 0, settings.top_k.clamp(max=vocab), vocab)
-    ordered = ordered.masked_fill(ordered < ordered.gather(-1, (vocab - k)[:, None]), -torch.inf)
     p = settings.top_p[:, None]
     unlikely = (ordered.softmax(-1).cumsum(-1) <= 1 - p) & (p < 1)
     unlikely[:, -1] = False

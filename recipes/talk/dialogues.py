@@ -72,10 +72,10 @@ class Dialogues:
             self.advance.renew()
 
     @property
-    def kinds(self) -> tuple[bool, ...]:
+    def kinds(self) -> tuple[int, ...]:
         """What a captured step does or leaves out."""
         return (*(getattr(held, name) for held in (self.lm.text, self.lm.audio)
-                  for name in ("random", "filtered", "penalised")), self.taste.used)
+                  for name in ("random", "most", "filtered", "penalised")), self.taste.used)
 
     def leave(self, key: Hashable) -> None:
         row = self.keys.index(key)

@@ -32,6 +32,30 @@ def test_filters_equal_transformers(seed, temperature, top_k, top_p, min_p, pena
     torch.testing.assert_close(mine.softmax(-1), wanted.softmax(-1))
 
 
+def sorted_whole(scores, k):
+    """Top-k by sorting the vocabulary."""
+    k = min(k or scores.shape[-1], scores.shape[-1])
+    return scores.masked_fill(scores < scores.sort(-1).values[:, -k:][:, :1], -torch.inf)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])  # many logits are equal in bfloat16
+@pytest.mark.parametrize("vocab", [40, 1024])
+def test_top_k_draws_as_if_the_vocabulary_were_sorted(vocab, dtype):
+    torch.manual_seed(0)
+    ks = [0, 1, 7, 25, 250, 3 * vocab]
+    logits = torch.randn(len(ks), vocab).to(dtype)
+    kept = [sorted_whole(row[None].float(), k) for row, k in zip(logits, ks, strict=True)]
+    for position in range(50):
+        at = torch.full((len(ks),), position)
+        rows = controls([Sampling(temperature=1.0, top_k=k, seed=k + 3) for k in ks])
+        wanted = (torch.cat(kept) + gumbel(rows.seed, at, vocab)).argmax(-1)
+        assert torch.equal(choose(logits, rows, at), wanted)
+        mixed = controls([Sampling(temperature=1.0, top_k=k, seed=k + 3) for k in ks] + [Sampling(
+            temperature=0.5, top_p=0.5)])  # company that needs the vocabulary sorted
+        both = choose(torch.cat([logits, logits[:1]]), mixed, torch.cat([at, at[:1]]))
+        assert torch.equal(both[:-1], wanted)
+
+
 def test_draws_follow_the_softmax():
     noise = gumbel(torch.arange(20000), torch.zeros(20000, dtype=torch.long), 4)
     wanted = torch.tensor([0.1, 0.2, 0.3, 0.4])
