@@ -46,14 +46,17 @@ class DuplexData:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexShape:
-    """A model to be trained from scratch, in the layout of Moshi, with `own` and `heard` codebooks of the data.
+    """A model to be trained from scratch, in the layout of Moshi.
 
+    own, heard: codebooks of the model's voice and of the other one, where the data hold as many.
     width, depth, heads, kv_heads and mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
     context: frames that it sees. deep_width, deep_depth, deep_heads: of the depth transformer; sets: how many sets of
     weights its steps have, the last of which the later steps share (none: one each). rank: of its embeddings' tables
     (none: as wide as it is). delay: in frames, of all codebooks but a voice's first.
     """
 
+    own: int = 8
+    heard: int = 8
     width: int = 320
     depth: int = 6
     heads: int = 5
@@ -68,6 +71,9 @@ class DuplexShape:
     delay: int = 1
 
     def __post_init__(self) -> None:
+        for name in ("own", "heard"):
+            if getattr(self, name) < 1:
+                raise InputError(f"shape.{name} must be at least 1, not {getattr(self, name)}")
         for width, heads in ((self.width, self.heads), (self.deep_width, self.deep_heads)):
             if width % heads or width // heads % 2:
                 raise InputError(f"a width of {width} does not give {heads} heads of one even width")

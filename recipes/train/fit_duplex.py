@@ -32,7 +32,6 @@ from .watch import Watch
 COLUMNS = ("loss", "text", "audio", "perplexity", "right", "lr", "gradient", "frames/s")
 CODES = "codes"
 NORM = spec.RMSNorm(eps=1e-8, order="scale_then_cast")
-STREAMS = 8  # codebooks of each voice where the data are sound files
 
 
 def fit(job: DuplexJob) -> None:
@@ -83,13 +82,13 @@ def tokenizer_for(job: DuplexJob, model: DuplexLM | None) -> Tokenizer:
 
 
 def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
-    """(own, heard, entries of a codebook) of the first conversation."""
-    first = read_manifest(job.data.path)[0]
+    """(own, heard, entries of a codebook): as in the first conversation, no more than the shape says."""
+    first, (own, heard) = read_manifest(job.data.path)[0], (job.shape.own, job.shape.heard)
     if first.sound is not None:
-        q = Codes(cache, job.data.codec, STREAMS, STREAMS).opened().spec.quantizer
-        return min(STREAMS, q.codebooks), min(STREAMS, q.codebooks), q.size
-    own, heard = (Reader(path).header for path in (first.own, first.heard))
-    return own.codebooks, heard.codebooks, own.size
+        q = Codes(cache, job.data.codec, own, heard).opened().spec.quantizer
+        return min(own, q.codebooks), min(heard, q.codebooks), q.size
+    headers = [Reader(path).header for path in (first.own, first.heard)]
+    return min(own, headers[0].codebooks), min(heard, headers[1].codebooks), headers[0].size
 
 
 def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, card: int) -> spec.DuplexSpec:

@@ -141,6 +141,13 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
 
 
 # ------------------------------------------------------------------------------------------------- data
+def test_a_model_may_say_and_hear_fewer_codebooks_than_there_are(data, tmp_path):
+    out = train(data, tmp_path / "few", "--shape.own", "2", "--shape.heard", "1", "--loss.depth", "0.5",
+                "--trainer.max_steps", "2")
+    model = DuplexLM.from_pretrained(out / "model")
+    assert (model.spec.own, model.spec.heard) == (2, 1)
+
+
 def test_rows_hold_every_frame_once_a_pass():
     talks = [Dialogue(str(i), np.arange(n) + np.full((3, 1), 100 * i)) for i, n in enumerate((7, 3, 12, 1))]
     packed = Packed(talks, 5, seed=2)
