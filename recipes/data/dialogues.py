@@ -103,7 +103,8 @@ class Codes:
 
     def kept(self, entry: Entry) -> tuple[Path, Path]:
         stat = entry.sound.stat() if entry.sound.is_file() else None
-        name = hashlib.sha256(f"{entry.sound.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {self.codec} "
+        self.opened()
+        name = hashlib.sha256(f"{entry.sound.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {self.fingerprint} "
                               f"{self.sizes}".encode()).hexdigest()[:24]
         paths = tuple(self.cache / f"{name}.{side}.mimi" for side in ("own", "heard"))
         if not all(path.exists() for path in paths):
@@ -111,11 +112,10 @@ class Codes:
         return paths
 
     def encode(self, entry: Entry, paths: tuple[Path, Path]) -> None:
-        sound = open_sound(entry.sound)
+        sound, model = open_sound(entry.sound), self.model
         if sound.channels != 2:
             raise InputError(f"{entry.sound} has {sound.channels} channel, a conversation has two: left speaks, right "
                              "is heard")
-        model = self.opened()
         wave = torch.cat(list(sound.blocks(model.spec.rate, 2)), 1)
         codes = encoded(model, wave, max(self.sizes))
         self.cache.mkdir(parents=True, exist_ok=True)

@@ -179,10 +179,17 @@ def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
         alone = model.encode(torch.from_numpy(wave[:, side])[None, None])[0]
         assert torch.equal(torch.from_numpy(part).long(), alone[:len(part)])
     assert made[0].tolist()[4:7] == [91, 5, 90]  # 0.05 s at 100 frames a second
-    monkeypatch.setattr(Codes, "opened", lambda self: pytest.fail("it is encoded already"))
+    with monkeypatch.context() as patch:
+        patch.setattr(Codes, "encode", lambda *_: pytest.fail("it is encoded already"))
+        again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
+                               lambda word: [5], 64, **text)[0].codes
+    assert (again == made).all()
+    torch.manual_seed(1)
+    other = codec.small()
+    other.save_pretrained(tmp_path / "mimi")  # another codec in its place has codes of its own
     again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
                            lambda word: [5], 64, **text)[0].codes
-    assert (again == made).all()
+    assert (again != made).any()
 
 
 def test_what_cannot_be_trained_on_is_named(data, tmp_path):
@@ -192,7 +199,8 @@ def test_what_cannot_be_trained_on_is_named(data, tmp_path):
     soundfile.write(tmp_path / "one.wav", np.zeros(100, np.float32), 24000)
     (tmp_path / "one.json").write_text('{"alignments": []}')
     talks = tmp_path / "talks.jsonl"
-    codes = Codes(tmp_path / "cache", None, 2, 2)
+    codec.small().save_pretrained(tmp_path / "mimi")
+    codes = Codes(tmp_path / "cache", str(tmp_path / "mimi"), 2, 2)
     talks.write_text('{"path": "one.wav"}')
     with pytest.raises(InputError, match="has 1 channel, a conversation has two"):
         codes.read(read_manifest(talks)[0])
