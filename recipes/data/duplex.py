@@ -20,6 +20,7 @@ from mm.tokenizer import Tokenizer
 from .dialogues import Codes, Packed, held_out, read_dialogues
 from .module import Note
 from .sampler import Order, Steps, readers
+from .words import by_word
 
 if TYPE_CHECKING:
     from ..train.duplex_settings import DuplexData
@@ -76,7 +77,7 @@ class DuplexModule(lightning.LightningDataModule):
         codes = Codes(self.cache, data.codec, s.own, s.heard)
 
         def read(path: str) -> list[Any]:
-            return read_dialogues(path, codes, self.tokenizer.encode, s.card, padding=s.text.padding,
+            return read_dialogues(path, codes, by_word(self.tokenizer), s.card, padding=s.text.padding,
                                   word_end=s.text.word_end, late=data.late)
         kept = read(data.path)
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)

@@ -12,6 +12,7 @@ import numpy as np
 
 from mm.checkpoint import read_json
 from mm.errors import InputError
+from mm.tokenizer import Tokenizer
 
 MAIN = "SPEAKER_MAIN"
 
@@ -53,6 +54,12 @@ def to_word(path: Path, number: int, entry: Any) -> tuple[Word, str]:
     if not 0 <= word.start <= word.end < math.inf:
         raise InputError(f"{path}: alignment {number} runs from {start} to {end} s")
     return word, str(who)
+
+
+def by_word(tokenizer: Tokenizer) -> Callable[[str], list[int]]:
+    """word -> tokens, such that words one after the other read as a text with spaces between them."""
+    joined = tokenizer.decode([*tokenizer.encode("one"), *tokenizer.encode("two")])
+    return tokenizer.encode if " " in joined.strip() else lambda word: tokenizer.encode(f" {word}")
 
 
 def text_stream(words: Iterable[Word], frames: int, rate: float, encode: Callable[[str], list[int]], *, padding: int,

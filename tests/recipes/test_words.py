@@ -7,7 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm.errors import InputError
-from mm.recipes.data.words import Word, read_words, text_stream
+from mm.recipes.data.corpus import open_corpus
+from mm.recipes.data.words import Word, by_word, read_words, text_stream
+from mm.recipes.train.tokenizer import train_tokenizer
+from mm.tokenizer import train_bpe
 
 PAD, END = 100, 101
 
@@ -22,6 +25,16 @@ def test_words_stand_in_the_frame_in_which_they_start():
     made = stream([("12", 0.0, 0.2), ("345", 1.0, 1.4)], 18)
     assert made[:2] == [1, 2] and made[12:15] == [3, 4, 5]
     assert made[11] == END and made[2:11] == [PAD] * 9 and made[15:] == [PAD] * 3
+
+
+@pytest.mark.parametrize("kind", ["byte-level", "clip"])
+def test_tokens_of_words_read_as_a_text(tmp_path, kind):
+    (tmp_path / "text.txt").write_text("it is one word after the other\n" * 3)
+    tokenizer = (train_tokenizer(open_corpus(str(tmp_path / "text.txt")), 300) if kind == "byte-level"
+                 else train_bpe(["it is one word after the other"], 600))
+    encode = by_word(tokenizer)
+    said = [token for word in ("it", "is", "one", "other", "word") for token in encode(word)]
+    assert tokenizer.decode(said).strip() == "it is one other word"
 
 
 def test_a_word_that_is_late_is_cut_off_or_shifts_the_next():
