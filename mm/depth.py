@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from mm import rope as rotary
 from mm import spec
-from mm.gated import silu_down
+from mm.gated import silu_mlp
 from mm.kernels import attend
 from mm.linear import add, each, linear, multiply
 from mm.mlp import ACTIVATIONS
@@ -141,10 +141,9 @@ class StepMlp(nn.Module):
             self.down.weight[i, :, width:] = 0
 
     def forward(self, x: Tensor) -> Tensor:
-        both = self.up(x)
         if self.silu and torch.is_grad_enabled() and not torch.is_autocast_enabled(x.device.type):
-            return silu_down(both, self.down.of_steps(self.down.weight))
-        gate, up = both.chunk(2, -1)
+            return silu_mlp(x, *(part.of_steps(part.weight) for part in (self.up, self.down)))
+        gate, up = self.up(x).chunk(2, -1)
         return self.down(multiply(self.act(gate), up))
 
     def step(self, x: Tensor, k: int) -> Tensor:

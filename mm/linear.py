@@ -38,6 +38,8 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
 
 def each(x: Tensor, weight: Tensor) -> Tensor:
     """x (K, N, D), weight (K, E, D) -> (K, N, E): as one call, or by oneDNN one after the other."""
+    if len(x) == 1:
+        return linear(x[0], weight[0]).unsqueeze(0)
     if torch.compiler.is_compiling() or not plain(x, weight) or not worth_it(x.shape[1], weight[0]):
         return torch.bmm(x, weight.mT)
     return torch.stack([linear(*pair) for pair in zip(x.unbind(), weight.unbind(), strict=True)])
