@@ -15,6 +15,8 @@ KINDS: tuple[Kind, ...] = ("sum", "word", "greeting")
 
 NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven", "twelve",
            "thirteen", "fourteen", "fifteen", "sixteen", "seventeen", "eighteen")
+DIGITS = range(10)
+IS = ("is", "equals", "are", "makes")
 LARGER = ("nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred")
 # word: its list and place there in the Modified Rhyme Test
 WORDS = {
@@ -49,9 +51,14 @@ class Question:
 
 
 def sum_of(a: int, b: int, phrasing: str) -> Question:
-    text = phrasing.format(NUMBERS[a], NUMBERS[b])
+    """The answer says the sum again, so that what was heard is known before what it comes to."""
     total = NUMBERS[a + b]
-    return Question("sum", text[0].upper() + text[1:], f"It is {total}.", total)
+    return Question("sum", sentence(phrasing.format(NUMBERS[a], NUMBERS[b])),
+                    sentence(f"{NUMBERS[a]} plus {NUMBERS[b]} is {total}."), total)
+
+
+def sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
 
 
 def repeat(word: str, phrasing: str) -> Question:
@@ -64,22 +71,25 @@ def greet(text: str) -> Question:
 
 def answers() -> list[str]:
     """Every sentence that the model says, once."""
-    return [*(f"It is {number}." for number in NUMBERS), *(f"The word is {word}." for word in WORDS),
-            greet(GREETINGS[0]).answer]
+    questions = [sum_of(a, b, SUM[0]) for a in DIGITS for b in DIGITS] + [repeat(word, READ) for word in WORDS]
+    return [one.answer for one in (*questions, greet(GREETINGS[0]))]
 
 
 # ----------------------------------------------------------------------------------------- the judge
 def correct(kind: Kind, expect: str, transcript: str) -> bool:
-    """Whether a transcript, such as Whisper's, holds the key word and, for sums and words, no other one."""
+    """Whether a transcript, such as Whisper's, holds the key word and no other one: of a sum, what is said to be the
+    result, and no other number."""
     heard = plain(transcript)
     if kind == "greeting":
         return bool({"hello", "hi", "help"} & set(heard))
     keys = (NUMBERS, LARGER) if kind == "sum" else (WORDS,)
+    if kind == "sum":
+        heard = heard[max((i + 1 for i, word in enumerate(heard) if word in IS), default=0):]
     return {word for word in heard if word.isdecimal() or any(word in known for known in keys)} == {expect}
 
 
 def plain(transcript: str) -> list[str]:
     """Lower-case words, without punctuation, digits up to 18 written out, spellings by sound made one."""
-    words = re.findall(r"[a-z]+|\d+", transcript.lower().replace("'", ""))
+    words = re.findall(r"[a-z]+|\d+", transcript.lower().replace("'", "").replace("=", " is "))
     return [NUMBERS[int(word)] if word.isdecimal() and int(word) < len(NUMBERS) else SPELLED.get(word, word)
             for word in words]

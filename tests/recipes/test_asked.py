@@ -7,10 +7,10 @@ from mm.recipes.data import asked
 
 def test_sums_words_and_greetings():
     one = asked.sum_of(9, 9, "{} plus {}.")
-    assert (one.text, one.answer, one.expect) == ("Nine plus nine.", "It is eighteen.", "eighteen")
+    assert (one.text, one.answer, one.expect) == ("Nine plus nine.", "Nine plus nine is eighteen.", "eighteen")
     assert asked.repeat("cake", asked.READ).text == "Please select the word cake."
     assert asked.repeat("cake", asked.READ).answer == "The word is cake."
-    assert len(asked.answers()) == len(set(asked.answers())) == 19 + 50 + 1
+    assert len(asked.answers()) == len(set(asked.answers())) == 100 + 50 + 1
 
 
 def test_the_words_are_one_of_each_list_and_sound_unlike():
@@ -21,15 +21,20 @@ def test_the_words_are_one_of_each_list_and_sound_unlike():
 
 @pytest.mark.parametrize("kind, expect, transcript", [
     ("sum", "seven", " It is 7."), ("sum", "eighteen", "It is 18"), ("sum", "seven", "IT IS SEVEN!"),
-    ("sum", "four", "It is for."), ("word", "tale", "The word is tail."), ("word", "cake", "the word is, cake"),
+    ("sum", "four", "It is for."), ("sum", "seven", "Three plus four is seven."), ("sum", "seven", "3 + 4 = 7."),
+    ("sum", "four", "Four plus zero is four."), ("word", "tale", "The word is tail."),
+    ("word", "cake", "the word is, cake"),
     ("greeting", "hello", "Hello, how can I help you?"), ("greeting", "hello", "how can I help")])
 def test_right(kind, expect, transcript):
     assert asked.correct(kind, expect, transcript)
 
 
 @pytest.mark.parametrize("kind, expect, transcript", [
-    ("sum", "seven", "It is 17."), ("sum", "seven", "It is seventy seven."), ("sum", "seven", "It is 6 7."),
-    ("sum", "seven", "It is 77."), ("sum", "seven", "It is 107"), ("sum", "seven", "seven eight"), ("sum", "seven", ""),
+    ("sum", "seven", "It is 17."), ("sum", "seven", "Seven plus one is eight."),
+    ("sum", "three", "Three plus four is."),
+    ("sum", "seven", "It is seventy seven."), ("sum", "seven", "It is 6 7."),
+    ("sum", "seven", "It is 77."), ("sum", "seven", "It is 107"), ("sum", "seven", "seven eight"),
+    ("sum", "seven", ""), ("sum", "seven", "Three plus four is 7 8."),
     ("word", "cake", "The word is lane."), ("word", "cake", "The word is cake tent."), ("word", "cake", "The word is"),
     ("word", "cake", "pancake"), ("greeting", "hello", "It is seven."), ("greeting", "hello", "")])
 def test_wrong(kind, expect, transcript):

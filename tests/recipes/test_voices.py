@@ -31,7 +31,7 @@ def test_everybody_has_a_script():
     assert len({line.file for line in script}) == len(script)
     assert script == lines(0) and script != lines(1)
     count = {talker: [line for line in script if line.talker == talker] for talker in {line.talker for line in script}}
-    assert len(count[OWN]) == 70
+    assert len(count[OWN]) == 151
     assert {len(count[talker]) for talker in VOICES} == {106}
     assert {len(count[talker]) for talker in VOICES_HELD_OUT} == {43}
     assert len(count["F3"]) == 50 and len(HELD_OUT) == 8 and not HELD_OUT & {*VOICES, *PEOPLE}
@@ -43,7 +43,7 @@ def test_everybody_has_a_script():
 
 def test_fewer_sentences_are_the_first_of_each_talker():
     few, script = lines(0, 3), lines(0)
-    assert len(few) == 70 + 3 * (len(VOICES) + len(VOICES_HELD_OUT) + 4)
+    assert len(few) == 151 + 3 * (len(VOICES) + len(VOICES_HELD_OUT) + 4)
     assert few == script[:len(few)]
 
 
