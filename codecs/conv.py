@@ -1,7 +1,8 @@
 """Causal convolutions over (B, T, C) that stream: what a stream needs of its past is an argument.
 
 Without gradients a convolution is one matrix product over windows, and a transposed one a product and an overlap-add:
-for the few steps of a frame both are up to ten times as fast as torch's on a CPU, and the result is the same.
+for the few steps of a frame both are up to ten times as fast as torch's on a CPU, and the result is the same. Many
+windows that overlap most are left to torch, up to twice as fast because it does not write them out.
 """
 
 from __future__ import annotations
@@ -13,8 +14,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import InputError
-from mm.linear import linear
+from mm.linear import linear, plain
 from mm.tree import register
+
+LONG = 480  # steps, from which torch's convolution is the faster one, as measured
 
 # With AVX-512, expm1 and so ELU take seven times as long in a process until torch takes the first power of 32 numbers.
 torch.pow(10.0, torch.ones(32))
@@ -78,15 +81,19 @@ class Conv(nn.Module):
         return out
 
     def convolve(self, x: Tensor) -> Tensor:
-        """The same by torch, for long inputs with gradients; as a picture whose channels come last, so that nothing is
-        moved in memory."""
+        """The same with gradients."""
         x = F.elu(x) if self.elu else x
         if self.replicate:
             x = torch.cat([x[:, :1].expand(-1, self.past, -1), x], 1)
         elif self.past:
             x = F.pad(x, (0, 0, self.past, 0))
         if self.kernel == self.stride == 1:
-            return F.linear(x, self.weight[:, 0], self.bias)
+            return linear(x, self.weight[:, 0], self.bias)
+        return self.slide(x)
+
+    def slide(self, x: Tensor) -> Tensor:
+        """(B, P + T, C) -> (B, T / stride, D) by torch, as a picture whose channels come last, so that nothing is moved
+        in memory."""
         picture, weight = (y.transpose(1, 2).unsqueeze(2) for y in (x, self.weight))
         out = F.conv2d(picture, weight, self.bias, (1, self.stride), dilation=(1, self.dilation))
         return out.squeeze(2).transpose(1, 2)
@@ -109,6 +116,9 @@ class Conv(nn.Module):
         return held
 
     def product(self, held: Tensor) -> Tensor:
+        if self.stride == 1 < min(self.kernel, self.inputs) and held.shape[:2].numel() >= LONG and plain(
+                held, self.weight) and not torch.compiler.is_compiling():
+            return self.slide(held)
         reach = (self.kernel - 1) * self.dilation + 1
         windows = held.unfold(1, reach, self.stride)[..., :: self.dilation]  # (B, T / stride, C, kernel)
         return linear(windows.transpose(2, 3).flatten(2), self.weight.flatten(1), self.bias)
@@ -200,7 +210,7 @@ class ConvTranspose(Upsampling):
         x = F.elu(x)
         before, bias = F.pad(x[:, :-1], (0, 0, 1, 0)), self.bias.repeat(self.stride)
         own, late = (half.flatten(0, 1) for half in self.weight.split(self.stride))
-        out = F.linear(x, own, bias) + F.linear(before, late)
+        out = linear(x, own, bias) + linear(before, late)
         return out.view(len(x), -1, self.outputs)
 
 
