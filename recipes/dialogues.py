@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import argparse
+import json
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from .data.voices import Sources
 
 UTTERANCES = "utterances"
+PLAN = 42  # the last number of the key of a random generator
 
 
 def dialogues(argv: list[str]) -> int:
@@ -21,27 +24,67 @@ def dialogues(argv: list[str]) -> int:
     from .data.voices import GET_KOKORO, GET_RHYME, Sources
 
     parser = argparse.ArgumentParser(prog="mm dialogues", description=__doc__)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder that is written; a run that was stopped goes "
-                        "on where it was")
+    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for utterances, which are kept from run to "
+                        "run, for dialogues (.flac: left speaks, right is heard; .json) and for train.jsonl, val.jsonl")
     parser.add_argument("--kokoro", type=Path, metavar="DIR", help=f"Kokoro's voices: package after {GET_KOKORO}")
     parser.add_argument("--rhyme", type=Path, metavar="DIR", help="clips of the Modified Rhyme Test: "
                         f"mcvqoe/intelligibility/audio_clips after {GET_RHYME}")
+    parser.add_argument("--count", type=positive, default=6000, help="dialogues for training (default: 6000)")
+    parser.add_argument("--held-out", type=positive, default=120, metavar="COUNT",
+                        help="dialogues of talkers that are not in training (default: 120)")
     parser.add_argument("--sentences", type=positive, metavar="N", help="the most that one talker says (default: the "
                         "voices that train 106, the others 43, people 50)")
-    parser.add_argument("--jobs", type=positive, default=1, help="processes that synthesise (default: 1)")
+    parser.add_argument("--jobs", type=positive, default=1, help="processes (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
-    utter(args.out / UTTERANCES, Sources(args.kokoro, args.rhyme), lines(args.seed, args.sentences), args.jobs)
+    script = lines(args.seed, args.sentences)
+    utter(args.out / UTTERANCES, Sources(args.kokoro, args.rhyme), script, args.jobs)
+    write(args, script)
     return 0
 
 
 def utter(folder: Path, sources: Sources, script: list[Line], jobs: int) -> None:
-    """The sentences as sound, those that are not there yet."""
-    from .data.voices import keep_all, missing
+    """The sentences as sound, those that are not there yet, and the times of the answers' words."""
+    from mm.checkpoint import write_json
+
+    from .data.library import TIMES, times_known
+    from .data.pool import spread
+    from .data.talkers import OWN
+    from .data.voices import keeping, missing
+    from .data.word_times import word_times
 
     wanted = missing(folder, script)
-    sources.check(wanted)
+    own = [] if times_known(folder) else [line for line in script if line.talker == OWN]
+    sources.check(wanted + own)
     with Bar("saying", len(wanted)) as bar:
-        for _ in keep_all(folder, wanted, sources, jobs):
+        for _ in spread(partial(keeping, folder, sources), wanted, jobs):
             bar.step()
+    if own:
+        write_json(folder / TIMES, word_times(sources.hibari(), [line.text for line in own]))
     print(f"{folder}: {len(script)} sentences, {len(wanted)} of them new", flush=True)
+
+
+def write(args: argparse.Namespace, script: list[Line]) -> None:
+    """The dialogues, then the manifests that list them."""
+    from mm.checkpoint import replacing
+
+    from .data.library import PARTS, composing, path_of
+    from .data.pool import spread
+    from .data.sampler import generator
+    from .data.scenes import plan
+    from .data.talkers import HELD_OUT
+
+    pieces = []
+    for index, (part, count) in enumerate(zip(PARTS, (args.count, args.held_out), strict=True)):
+        mine = [line for line in script if (line.talker in HELD_OUT) == (part == "val")]
+        scenes = plan(mine, count, generator(args.seed, index, PLAN))
+        pieces += [(part, number, scene) for number, scene in enumerate(scenes)]
+    begin = partial(composing, args.out, args.out / UTTERANCES, script, args.seed)
+    with Bar("composing", len(pieces)) as bar:
+        for _ in spread(begin, pieces, args.jobs):
+            bar.step()
+    for part in PARTS:
+        numbers = [number for one, number, _ in pieces if one == part]
+        with replacing(args.out / f"{part}.jsonl") as file:
+            file.write_text("".join(json.dumps({"path": path_of(part, number)}) + "\n" for number in numbers), "utf-8")
+        print(f"{args.out / part}.jsonl: {len(numbers)} dialogues", flush=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -156,7 +156,7 @@ def even(wave: np.ndarray) -> np.ndarray:
 
 
 # ----------------------------------------------------------------------------------------- files
-def keep(folder: Path, line: Line, sources: Sources) -> None:
+def keep(folder: Path, line: Line, sources: Sources) -> Line:
     """Writes the file of a line, whole or not at all."""
     import soundfile
 
@@ -165,39 +165,12 @@ def keep(folder: Path, line: Line, sources: Sources) -> None:
     wave = sources.say(line)
     with replacing(path) as part:
         soundfile.write(part, wave, RATE, format="FLAC", subtype="PCM_16")
+    return line
+
+
+def keeping(folder: Path, sources: Sources) -> Callable[[Line], Line]:
+    return lambda line: keep(folder, line, sources)
 
 
 def missing(folder: Path, wanted: Iterable[Line]) -> list[Line]:
     return [line for line in wanted if not (folder / line.file).exists()]
-
-
-def keep_all(folder: Path, wanted: list[Line], sources: Sources, jobs: int) -> Iterator[Line]:
-    """Says what is wanted in so many processes, yields each line that is done."""
-    if jobs == 1:
-        for line in wanted:
-            keep(folder, line, sources)
-            yield line
-        return
-    import multiprocessing
-    from concurrent.futures import ProcessPoolExecutor, as_completed
-
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, initializer=begin, initargs=(folder, sources)) as pool:
-        waiting = {pool.submit(keep_here, line): line for line in wanted}
-        try:
-            for done in as_completed(waiting):
-                done.result()
-                yield waiting[done]
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-HERE: list[Any] = []  # of a process: the folder and the sources
-
-
-def begin(folder: Path, sources: Sources) -> None:
-    HERE[:] = folder, sources
-
-
-def keep_here(line: Line) -> None:
-    keep(HERE[0], line, HERE[1])
