@@ -58,11 +58,13 @@ def resolve(name_or_dir: str | Path, weights: Sequence[str] = (WEIGHTS,)) -> Pat
 # -------------------------------------------------------------------------------------------- reading
 @dataclass(frozen=True)
 class Weights:
-    """The tensors of a checkpoint, by name; `read` loads one. `where` is the file, for messages."""
+    """The tensors of a checkpoint, by name; `read` loads one. `where` is the file, for messages. `dtype` is that of the
+    file, where some are read in a wider one."""
 
     where: str
     shapes: Mapping[str, Shape]
     read: Callable[[str], Tensor]
+    dtype: torch.dtype | None = None
 
 
 def open_weights(folder: Path, names: Sequence[str] = (WEIGHTS,), *, allow_pickle: bool = False) -> Weights:
@@ -182,7 +184,7 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
             raise InputError(f"{weights.where}: {name} holds values that are not finite")
         return value
 
-    def cast(name: str, value: Tensor, dtype: torch.dtype | None = dtype) -> Tensor:
+    def cast(name: str, value: Tensor, dtype: torch.dtype | None = dtype or weights.dtype) -> Tensor:
         kind = torch.float32 if name in exact else dtype
         return value if kind is None or not value.is_floating_point() else value.to(kind)
     state = table.load(weights.shapes, read, wanted, weights.where, cast)

@@ -21,5 +21,6 @@ def own(kind: str, settings: type) -> Family:
 
 FAMILIES = Families({"duplex": "duplex model", "csm": "CSM"}, {
     "duplex": (own("duplex", DuplexSpec), KYUTAI, HF_MOSHI), "csm": (own("csm", CSMSpec), HF_CSM)},
-    ("model*.safetensors", "hibiki-*.safetensors", "dsm_*.safetensors", "pytorch_model*.bin"),
+    ("model*.safetensors", "hibiki-*.safetensors", "dsm_*.safetensors", "pytorch_model*.bin",
+     "consolidated.safetensors", "lora.safetensors"),
     {("duplex", ".safetensors"): read_file})

@@ -10,6 +10,7 @@ from typing import Any
 from mm import checkpoint
 from mm.checkpoint import CONFIG, WEIGHTS
 from mm.errors import InputError
+from mm.families.moshi_lora import CHANGES, MERGED, with_changes
 from mm.families.moshi_weights import dequantised, table
 from mm.family import Extras, Family, Keys, Opened, ensure_kept
 from mm.spec import (
@@ -38,8 +39,8 @@ ROPES = {"rope": "interleaved", "rope_concat": "half"}
 # Names of other files, and settings of generation that do not change the model.
 BESIDE = ("moshi_name", "mimi_name", "mimi_config_name", "tokenizer_name", "model_id", "lm_gen_config", "tts_config",
           "stt_config", "model_type")
-HARMLESS = ("depformer_causal", "depformer_context", "gradient_checkpointing", "quantize", "lora_rank", "lora_scaling",
-            "version")
+HARMLESS = ("depformer_causal", "depformer_context", "gradient_checkpointing", "quantize", "lora", "lora_rank",
+            "lora_scaling", "lora_name", "version")
 HIBIKI_END = 2
 OFFICIAL = {  # Moshi 7B, whose first files had no config
     "dim": 4096, "text_card": 32000, "existing_text_padding_id": 3, "n_q": 16, "dep_q": 8, "card": 2048,
@@ -57,8 +58,8 @@ def to_spec(config: Mapping[str, Any], where: str) -> DuplexSpec:
     count, delays = keys.positive("n_q"), tuple(keys.take("delays", list))
     if len(delays) != count + 1 or not all(isinstance(delay, int) for delay in delays):
         raise InputError(f"{where}: delays should hold {count + 1} numbers, the text's and one for each of n_q")
-    if keys.take("norm_emb", bool, False) or not keys.take("causal", bool, True) or keys.take("lora", bool, False):
-        raise InputError(f"{where}: norm_emb, lora and a model that is not causal are not supported")
+    if keys.take("norm_emb", bool, False) or not keys.take("causal", bool, True):
+        raise InputError(f"{where}: norm_emb and a model that is not causal are not supported")
     second = any([keys.take(name, bool, False) for name in ("demux_second_text_stream", "demux_second_stream")])
     text = TextStream(vocab=keys.positive("text_card"), outputs=keys.take("text_card_out", int, None), second=second,
                       padding=keys.take("existing_text_padding_id", int, 3),
@@ -293,9 +294,11 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 
 def complete(folder: Path, opened: Opened) -> Opened:
-    """int8 weights read as what they stand for; what else the config says is kept for generation."""
+    """int8 weights read as what they stand for, low-rank changes merged; what else the config says is kept for
+    generation."""
     config = checkpoint.read_json(folder / CONFIG)
     weights = dequantised(opened.weights)
+    weights = with_changes(folder, config, weights) if config.get("lora") else weights
     extras = replace(opened.extras, generation={name: config[name] for name in BESIDE if config.get(name)})
     return replace(opened, weights=weights, table=table(opened.spec, weights.shapes), extras=extras)
 
@@ -310,6 +313,7 @@ def read_file(path: Path) -> Opened:
 
 
 KYUTAI = Family(
-    layout="kyutai", config=CONFIG, weights=(WEIGHTS,), to_spec=to_spec, from_spec=from_spec, table=table, files=files,
-    complete=complete, has_text=True, recognise=lambda config: "dep_q" in config and "n_q" in config,
+    layout="kyutai", config=CONFIG, weights=(WEIGHTS, MERGED, CHANGES), to_spec=to_spec, from_spec=from_spec,
+    table=table, files=files, complete=complete, has_text=True,
+    recognise=lambda config: "dep_q" in config and "n_q" in config,
     named=lambda config: (str(config["moshi_name"]),) if config.get("moshi_name") else ())
