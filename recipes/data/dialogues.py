@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 import torch
 
-from mm.checkpoint import replacing
+from mm.checkpoint import read_json, replacing
 from mm.errors import InputError
+from mm.spec import Choice, Conditioning, DuplexSpec
 
 from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
@@ -31,21 +32,23 @@ NOWHERE = -1  # the document of padding
 
 @dataclass(frozen=True)
 class Entry:
-    """A line of a manifest: a sound file, or two files of codes, and the words."""
+    """A line of a manifest: a sound file, or two files of codes, the words, and what the model is told beside them."""
 
     where: str
     sound: Path | None
     own: Path | None
     heard: Path | None
     words: Path
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, eq=False)
 class Dialogue:
-    """codes (1 + own + heard, T) int32, the text first."""
+    """codes (1 + own + heard, T) int32, the text first; told: the model's conditions by name."""
 
     where: str
     codes: np.ndarray
+    told: Mapping[str, str] = field(default_factory=dict)
 
 
 def read_manifest(path: str | Path) -> list[Entry]:
@@ -64,9 +67,10 @@ def read_manifest(path: str | Path) -> list[Entry]:
 def to_entry(file: Path, number: int, line: str) -> Entry:
     where = f"{file}:{number}"
     try:
-        told = json.loads(line)
-        paths = {name: file.parent / told[name] if told.get(name) else None
+        given = json.loads(line)
+        paths = {name: file.parent / given[name] if given.get(name) else None
                  for name in ("path", "own", "heard", "alignments")}
+        told = given.get("conditions") or {}
     except (ValueError, AttributeError, TypeError):
         raise InputError(f"{where} should hold a JSON object of paths, not {line!r:.60}") from None
     if (paths["path"] is None) == (paths["own"] is None or paths["heard"] is None):
@@ -74,7 +78,36 @@ def to_entry(file: Path, number: int, line: str) -> Entry:
     words = paths["alignments"] or (paths["path"] and paths["path"].with_suffix(".json"))
     if words is None:
         raise InputError(f"{where} names no alignments")
-    return Entry(where, paths["path"], paths["own"], paths["heard"], words)
+    return Entry(where, paths["path"], paths["own"], paths["heard"], words, told)
+
+
+def conditions(entry: Entry, known: Conditioning | None) -> dict[str, str]:
+    """What the model is told in a conversation: by the manifest, or by `text_conditions` beside the alignments, as
+    moshi-finetune has them. Raises InputError for what the model does not know."""
+    held = (read_json(entry.words).get("text_conditions") or {}) if known else {}
+    told, values = {}, {one.name: one.of.values for one in known.conditions} if known else {}
+    for name, word in [*words_by_name(entry.words, held), *words_by_name(entry.where, entry.told)]:
+        if name not in values:
+            raise InputError(f"{entry.where}: the model has no condition {name!r}, "
+                             + (f"only {', '.join(values)}" if values else "it is told nothing"))
+        if values[name] and word not in values[name]:
+            raise InputError(f"{entry.where}: {name} should be one of {', '.join(values[name])}, not {word!r}")
+        told[name] = word
+    return told
+
+
+def words_by_name(where: str | Path, told: Any) -> list[tuple[str, str]]:
+    if not isinstance(told, dict) or not all(isinstance(word, str) for word in told.values()):
+        raise InputError(f"{where}: conditions should be words by name, not {told!r:.60}")
+    return list(told.items())
+
+
+def check_conditions(known: Conditioning | None) -> None:
+    """Raises InputError for conditions that a conversation cannot have beside others in a row."""
+    odd = [one for one in (known.conditions if known else ()) if one.into != "sum" or not isinstance(one.of, Choice)]
+    if odd:
+        raise InputError(f"a model with the condition {odd[0].name!r} cannot be trained on conversations: only words "
+                         "that are added to every frame can be told")
 
 
 # ----------------------------------------------------------------------------------------- codes
@@ -84,22 +117,24 @@ class Codes:
 
     def __init__(self, cache: Path, codec: str | None, own: int, heard: int):
         self.cache, self.codec, self.sizes, self.model = cache, codec, (own, heard), None
+        self.first: tuple[Path, Header] | None = None  # of all files that are read
 
-    def read(self, entry: Entry) -> tuple[np.ndarray, float]:
-        """((own + heard, T), frames a second). Raises InputError for files that do not fit."""
+    def read(self, entry: Entry) -> tuple[np.ndarray, Header]:
+        """((own + heard, T), what one of the files says). Raises InputError for files that do not fit, each other or
+        those that were read before."""
         paths = (entry.own, entry.heard) if entry.sound is None else self.kept(entry)
-        parts, headers = [], []
+        parts = []
         for path, size in zip(paths, self.sizes, strict=True):
             reader = Reader(path)
+            self.first = self.first or (path, reader.header)
             if reader.header.codebooks < size:
                 raise InputError(f"{path} holds {reader.header.codebooks} codebooks, {size} are needed")
+            if reader.header.weights != self.first[1].weights or reader.header.frame != self.first[1].frame:
+                raise InputError(f"{self.first[0]} and {path} were encoded by different codecs")
             blocks = [block[:size] for block in reader.blocks(4096)]
             parts.append(torch.cat(blocks, 1).numpy())
-            headers.append(reader.header)
-        if headers[0].weights != headers[1].weights or headers[0].frame != headers[1].frame:
-            raise InputError(f"{paths[0]} and {paths[1]} were encoded by different codecs")
         frames = min(part.shape[1] for part in parts)
-        return np.concatenate([part[:, :frames] for part in parts]), headers[0].rate / headers[0].frame
+        return np.concatenate([part[:, :frames] for part in parts]), self.first[1]
 
     def kept(self, entry: Entry) -> tuple[Path, Path]:
         stat = entry.sound.stat() if entry.sound.is_file() else None
@@ -146,18 +181,20 @@ def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
                       for piece in wave.split(CHUNK * frame, 2)], 2)
 
 
-def read_dialogues(path: str | Path, codes: Codes, encode: Callable[[str], list[int]], card: int, **text: Any
-                   ) -> list[Dialogue]:
-    """All conversations of a manifest; `text` as in `text_stream`. Raises InputError."""
-    made = []
+def read_dialogues(path: str | Path, codes: Codes, encode: Callable[[str], list[int]], model: DuplexSpec,
+                   late: Literal["drop", "shift"] = "drop") -> list[Dialogue]:
+    """All conversations of a manifest, for this model. Raises InputError."""
+    made, text = [], model.text
     for entry in read_manifest(path):
-        audio, rate = codes.read(entry)
-        if audio.size and audio.max() >= card:
-            raise InputError(f"{entry.where}: a code is {audio.max()}, the model's codebooks have {card}: it was made "
-                             "by another codec")
-        said = text_stream(read_words(entry.words), audio.shape[1], rate, encode, **text)
+        audio, header = codes.read(entry)
+        if header.size != model.card:
+            raise InputError(f"{entry.where}: its codebooks have {header.size} entries, the model's {model.card}: its "
+                             "codes were made by another codec")
+        said = text_stream(read_words(entry.words), audio.shape[1], header.rate / header.frame, encode,
+                           padding=text.padding, word_end=text.word_end, late=late)
         if audio.shape[1]:
-            made.append(Dialogue(entry.where, np.concatenate([said[None], audio]).astype(np.int32)))
+            made.append(Dialogue(entry.where, np.concatenate([said[None], audio]).astype(np.int32),
+                                 conditions(entry, model.conditioning)))
     return made
 
 

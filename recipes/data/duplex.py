@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -17,7 +18,7 @@ from mm.errors import InputError
 from mm.spec import DuplexSpec
 from mm.tokenizer import Tokenizer
 
-from .dialogues import Codes, Packed, held_out, read_dialogues
+from .dialogues import Codes, Packed, check_conditions, held_out, read_dialogues
 from .module import Note
 from .sampler import Order, Steps, readers
 from .words import by_word
@@ -27,15 +28,21 @@ if TYPE_CHECKING:
 
 
 class DuplexBatch(NamedTuple):
-    """codes (B, 1 + Q, T), text first; documents (B, T), -1 for padding."""
+    """codes (B, 1 + Q, T), text first; documents (B, T), -1 for padding; told: the conditions of the documents, where
+    the model has any."""
 
     codes: Tensor
     documents: Tensor
+    told: Mapping[int, Mapping[str, str]]
     notes: Sequence[Note] = ()
 
 
-def batch_of(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> DuplexBatch:
-    return DuplexBatch(*(torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True)))
+def batch_of(packed: Packed, rows: Iterable[tuple[int, int]]) -> DuplexBatch:
+    """Rows by epoch and index."""
+    codes, documents = (torch.from_numpy(np.stack(part)) for part in zip(*(packed.row(*row) for row in rows),
+                                                                         strict=True))
+    told = {i: packed.dialogues[i].told for i in documents.unique().tolist() if i >= 0 and packed.dialogues[i].told}
+    return DuplexBatch(codes, documents, told)
 
 
 class Batches(Dataset[DuplexBatch]):
@@ -45,7 +52,7 @@ class Batches(Dataset[DuplexBatch]):
         self.packed, self.order = packed, order
 
     def __getitem__(self, step: int) -> DuplexBatch:
-        return batch_of([self.packed.row(epoch, index) for epoch, index, _ in self.order.rows(step)])
+        return batch_of(self.packed, [(epoch, index) for epoch, index, _ in self.order.rows(step)])
 
 
 class Fixed(Dataset[DuplexBatch]):
@@ -61,7 +68,7 @@ class Fixed(Dataset[DuplexBatch]):
         if not 0 <= index < len(self):
             raise IndexError(index)
         first = index * self.batch
-        return batch_of([self.packed.row(0, i) for i in range(first, min(first + self.batch, len(self.packed)))])
+        return batch_of(self.packed, [(0, i) for i in range(first, min(first + self.batch, len(self.packed)))])
 
 
 class DuplexModule(lightning.LightningDataModule):
@@ -74,11 +81,9 @@ class DuplexModule(lightning.LightningDataModule):
 
     def setup(self, stage: str = "fit") -> None:
         s, data = self.spec, self.data
+        check_conditions(s.conditioning)
         codes = Codes(self.cache, data.codec, s.own, s.heard)
-
-        def read(path: str) -> list[Any]:
-            return read_dialogues(path, codes, by_word(self.tokenizer), s.card, padding=s.text.padding,
-                                  word_end=s.text.word_end, late=data.late)
+        read = partial(read_dialogues, codes=codes, encode=by_word(self.tokenizer), model=s, late=data.late)
         kept = read(data.path)
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
         self.training = Packed(kept, data.length, self.seed)
@@ -89,6 +94,7 @@ class DuplexModule(lightning.LightningDataModule):
         made = hashlib.sha256()
         for one in self.training.dialogues:
             made.update(one.codes.tobytes())
+            made.update(repr(sorted(one.told.items())).encode() if one.told else b"")
         return made.hexdigest()[:16]
 
     def state_dict(self) -> dict[str, Any]:

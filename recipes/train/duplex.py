@@ -17,7 +17,7 @@ from mm.spec import DuplexSpec
 
 from ..data.duplex import DuplexBatch
 from ..data.sampler import readers, torch_seed
-from .duplex_loss import losses
+from .duplex_loss import losses_of
 from .duplex_settings import DuplexLoss, DuplexOptim
 from .lm_settings import LmLora
 from .optim import adamw
@@ -53,7 +53,7 @@ class DuplexRecipe(Recipe):
 
     def training_step(self, batch: DuplexBatch, batch_idx: int) -> Tensor:
         """This process's share of the means over all targets of the batch."""
-        made = losses(self.module, batch.codes, self.loss, batch.documents, deep=self.deep(batch.documents))
+        made = losses_of(self.module, batch, self.loss, self.deep(batch.documents))
         world = readers(self.trainer)[1]
         weight = self.total(made.weight)
         text, audio = (part / whole.clamp(min=1e-9) for part, whole in zip(made[:2], weight, strict=True))

@@ -12,6 +12,7 @@ from mm.conditions import Conditioned
 from mm.duplex import DuplexLM
 from mm.linear import linear, outer
 
+from ..data.duplex import DuplexBatch
 from .duplex_settings import DuplexLoss
 
 LOGITS = 1 << 20  # logits that are held at once
@@ -57,6 +58,21 @@ def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tens
         audio, _, right = score(made, head.weight, head.bias, tokens[1:], worth, there)
     return Losses(summed.sum(), audio.sum(), torch.stack([counts.sum(), worth.sum()]), entropy.sum(), known.sum(),
                   right, there.sum(1))
+
+
+def losses_of(model: DuplexLM, batch: DuplexBatch, settings: DuplexLoss, deep: Tensor | None = None) -> Losses:
+    """Of packed conversations, each with its own conditions."""
+    return losses(model, batch.codes, settings, batch.documents, conditions_of(model, batch), deep)
+
+
+def conditions_of(model: DuplexLM, batch: DuplexBatch) -> Conditioned | None:
+    """What the conversations are told, as it is added to their frames (B, T, D)."""
+    if model.conditions is None:
+        return None
+    documents, rows = batch.documents.unique(return_inverse=True)
+    told = [batch.told.get(i, {}) for i in documents.tolist()]
+    made = model.condition({name: [one.get(name) for one in told] for name in model.conditions.of}, len(told))
+    return Conditioned(made.added[rows, 0])
 
 
 def score(hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, counts: Tensor, known: Tensor

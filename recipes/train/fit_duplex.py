@@ -23,7 +23,7 @@ from ..data.dialogues import Codes, read_manifest
 from ..data.duplex import Batches, DuplexModule, Fixed
 from ..data.sampler import Order
 from .duplex import DuplexRecipe
-from .duplex_loss import losses
+from .duplex_loss import losses_of
 from .duplex_settings import DuplexJob, DuplexLoss, DuplexShape
 from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .shard import strategy
@@ -62,9 +62,9 @@ def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
     tokenizer = tokenizer_for(job, given)
     torch.manual_seed(job.trainer.seed)
     model = given or DuplexLM(new_spec(job.shape, tokenizer, *sizes(job, cache)))
-    require(tokenizer.vocab_size <= model.spec.text.vocab,
-            f"the tokenizer has {tokenizer.vocab_size} entries, the model's text {model.spec.text.vocab}: it is not "
-            "this model's tokenizer")
+    words = model.spec.text.outputs or model.spec.text.vocab
+    require(tokenizer.vocab_size <= words, f"the tokenizer has {tokenizer.vocab_size} entries, the model writes {words}"
+                                           ": it is not this model's tokenizer")
     model.tokenizer = tokenizer
     data = DuplexModule(job.data, model.spec, tokenizer, job.trainer.seed, cache)
     data.setup()
@@ -121,8 +121,8 @@ def evaluate(batches: Fixed, settings: DuplexLoss, model: nn.Module) -> dict[str
     training, device = model.training, next(model.parameters()).device
     model.eval()
     try:
-        made = [losses(model, batch.codes.to(device), settings, batch.documents.to(device))
-                for batch in (batches[i] for i in range(len(batches)))]
+        made = [losses_of(model, batch._replace(codes=batch.codes.to(device), documents=batch.documents.to(device)),
+                          settings) for batch in (batches[i] for i in range(len(batches)))]
     finally:
         model.train(training)
     summed = {name: sum(getattr(one, name) for one in made) for name in made[0]._fields}

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor
 
 from .plans import orders
 
-ENTRANCES = ("encode", "hidden")  # methods that a recipe calls in place of `forward`
+ENTRANCES = ("encode", "hidden", "condition")  # methods that a recipe calls in place of `forward`
 
 
 def shard(towers: Iterable[nn.Module], mesh: DeviceMesh) -> None:

@@ -8,21 +8,25 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import codec
+import duplex
 import numpy as np
 import pytest
 import soundfile
 import torch
 from safetensors.torch import load_file
 
-from mm import DuplexLM
+from mm import DuplexLM, spec
 from mm.codecs.file import Header, Writer
 from mm.errors import InputError
-from mm.recipes.data.dialogues import Codes, Dialogue, Packed, read_dialogues, read_manifest
+from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
+from mm.recipes.data.duplex import batch_of
 from mm.recipes.train.command import parse
-from mm.recipes.train.duplex_settings import DuplexJob
+from mm.recipes.train.duplex_loss import losses, losses_of
+from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss
 from mm.recipes.train.fit_duplex import fit
 from mm.tokenizer import train_bpe
 
@@ -129,6 +133,20 @@ def test_low_rank_changes_of_a_checkpoint_train_alone(data, whole, tmp_path):
     assert not any(name.endswith("codes.weight") for name in held)
 
 
+@torch.no_grad()
+def test_the_official_package_reads_what_was_trained(whole, tmp_path, monkeypatch):
+    monkeypatch.setenv("NO_TORCH_COMPILE", "1")
+    loaders = pytest.importorskip("moshi.models.loaders", reason="the official package")
+    model = DuplexLM.from_pretrained(whole / "model")
+    model.save_pretrained(tmp_path, layout="kyutai")
+    told = json.loads((tmp_path / "config.json").read_text())
+    theirs = loaders.get_moshi_lm(tmp_path / told.pop("moshi_name"), told, dtype=torch.float32)
+    codes = duplex.random_codes(model, 2, 20)
+    made, wanted = model(codes), theirs(codes)
+    torch.testing.assert_close(made.text, wanted.text_logits[:, 0], atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(made.audio, wanted.logits, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("spread", ["true", "false"])
 def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
@@ -172,8 +190,8 @@ def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_text(json.dumps({"alignments": [["hi", [0.05, 0.1], "SPEAKER_MAIN"]]}))
     (tmp_path / "talks.jsonl").write_text(json.dumps({"path": "a.wav"}))
     codes = Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2)
-    text = {"padding": 90, "word_end": 91}
-    made = read_dialogues(tmp_path / "talks.jsonl", codes, lambda word: [5], 64, **text)[0].codes
+    for_ = duplex.small(card=model.spec.quantizer.size, text=spec.TextStream(vocab=92, padding=90, word_end=91)).spec
+    made = read_dialogues(tmp_path / "talks.jsonl", codes, lambda word: [5], for_)[0].codes
     assert made.shape == (6, 12)
     for side, part in ((0, made[1:4]), (1, made[4:])):
         alone = model.encode(torch.from_numpy(wave[:, side])[None, None])[0]
@@ -182,14 +200,80 @@ def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(Codes, "encode", lambda *_: pytest.fail("it is encoded already"))
         again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
-                               lambda word: [5], 64, **text)[0].codes
+                               lambda word: [5], for_)[0].codes
     assert (again == made).all()
     torch.manual_seed(1)
     other = codec.small()
     other.save_pretrained(tmp_path / "mimi")  # another codec in its place has codes of its own
     again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
-                           lambda word: [5], 64, **text)[0].codes
+                           lambda word: [5], for_)[0].codes
     assert (again != made).any()
+
+
+MOOD = spec.Condition(name="mood", of=spec.Choice(bins=3, dim=4, values=("good", "bad")), into="sum")
+
+
+def told(data: Path, folder: Path, *lines: dict) -> Path:
+    """A manifest of the first conversations, with more in their lines."""
+    known = [json.loads(line) for line in (data / "talks.jsonl").read_text().splitlines()]
+    full = [{name: str(data / path) for name, path in one.items()} | more
+            for one, more in zip(known, lines, strict=False)]
+    (folder / "told.jsonl").write_text("\n".join(map(json.dumps, full)))
+    return folder / "told.jsonl"
+
+
+@torch.no_grad()
+def test_conversations_are_told_their_conditions(data, tmp_path):
+    """By the manifest or beside the alignments; packed, each has its own."""
+    beside = tmp_path / "words.json"
+    beside.write_text(json.dumps({"alignments": [["one", [0.1, 0.3], "SPEAKER_MAIN"]], "text_conditions":
+                                  {"mood": "bad"}}))
+    path = told(data, tmp_path, {"conditions": {"mood": "good"}}, {"alignments": str(beside)}, {},
+                {"alignments": str(beside), "conditions": {"mood": "good"}})
+    model = duplex.small(card=CARD, delays=(0, 0, 1, 1, 0, 1), depth=spec.Depth(
+        stack=spec.Stack(dim=16, layers=(duplex.layer(heads=2, hidden=24),)), weights=(0, 1, 1)),
+        conditioning=spec.Conditioning(conditions=(MOOD,)))
+    talks = read_dialogues(path, Codes(tmp_path, None, OWN, HEARD), lambda word: [7], model.spec)
+    assert [talk.told.get("mood") for talk in talks] == ["good", "bad", None, "good"]
+    packed = Packed(talks, sum(talk.codes.shape[1] for talk in talks) + 2, None)
+    made = losses_of(model, batch_of(packed, [(0, 0)]), DuplexLoss())
+    alone = [losses(model, torch.from_numpy(talk.codes)[None].long(), DuplexLoss(), None,
+                    model.condition({"mood": [talk.told.get("mood")]})) for talk in talks]
+    for name in ("text", "audio", "weight", "right"):
+        torch.testing.assert_close(getattr(made, name), sum(getattr(one, name) for one in alone))
+
+
+def test_a_model_that_is_told_conditions_trains(data, whole, tmp_path):
+    model = DuplexLM.from_pretrained(whole / "model")
+    model.spec = replace(model.spec, conditioning=spec.Conditioning(conditions=(MOOD,)))
+    DuplexLM(model.spec).save_pretrained(tmp_path / "told")
+    path = told(data, tmp_path, *[{"conditions": {"mood": "bad"}}] * 4)
+    out = train(data, tmp_path / "out", "--model", str(tmp_path / "told"), "--data.path", str(path),
+                "--trainer.max_steps", "2", "--trainer.evaluate", "2")
+    before, after = (load_file(folder / "model.safetensors")["conditions.of.mood.table"]
+                     for folder in (tmp_path / "told", out / "model"))
+    assert (before != after).any(1).tolist() == [False, True, False, False]  # good, bad, a word to come, none
+
+
+@pytest.mark.parametrize(("line", "words"), [
+    ({"conditions": {"tone": "good"}}, r"told.jsonl:1: the model has no condition 'tone', only mood"),
+    ({"conditions": {"mood": "sad"}}, "told.jsonl:1: mood should be one of good, bad, not 'sad'"),
+    ({"conditions": ["good"]}, "told.jsonl:1: conditions should be words by name"),
+    ({"conditions": {"mood": 3}}, "told.jsonl:1: conditions should be words by name")])
+def test_conditions_that_the_model_does_not_know(data, tmp_path, line, words):
+    model = duplex.small(card=CARD, conditioning=spec.Conditioning(conditions=(MOOD,)))
+    with pytest.raises(InputError, match=words):
+        read_dialogues(told(data, tmp_path, line), Codes(tmp_path, None, 3, 2), lambda word: [7], model.spec)
+
+
+def test_conditions_that_cannot_be_trained(data, tmp_path):
+    with pytest.raises(InputError, match="the model has no condition 'mood', it is told nothing"):
+        read_dialogues(told(data, tmp_path, {"conditions": {"mood": "good"}}), Codes(tmp_path, None, 3, 2),
+                       lambda word: [7], duplex.small(card=CARD).spec)
+    for one in (spec.Condition(name="voice", of=spec.Vectors(dim=4), into="sum"),
+                spec.Condition(name="voice", of=MOOD.of, into="prepend")):
+        with pytest.raises(InputError, match="a model with the condition 'voice' cannot be trained"):
+            check_conditions(spec.Conditioning(conditions=(one,)))
 
 
 def test_what_cannot_be_trained_on_is_named(data, tmp_path):
@@ -212,9 +296,21 @@ def test_what_cannot_be_trained_on_is_named(data, tmp_path):
     write_codes(tmp_path / "a.mimi", torch.full((3, 4), 15))
     write_codes(tmp_path / "b.mimi", torch.zeros(2, 4, dtype=torch.long))
     write_codes(tmp_path / "c.mimi", torch.zeros(2, 4, dtype=torch.long), weights="other")
-    for heard, words in (("b.mimi", "made by another codec"), ("c.mimi", "different codecs"), ("a.mimi", "codebooks")):
-        talks.write_text(json.dumps({"own": "a.mimi", "heard": heard, "alignments": "one.json"}))
+    first = {"own": "a.mimi", "heard": "b.mimi", "alignments": "one.json"}
+    for line, words in ((first, "made by another codec"), (first | {"heard": "c.mimi"}, "different codecs"),
+                        (first | {"heard": "a.mimi"}, "holds 3 codebooks, 4 are needed")):
+        talks.write_text(json.dumps(line))
         with pytest.raises(InputError, match=words):
-            read_dialogues(talks, Codes(tmp_path, None, 3, 2 if heard != "a.mimi" else 4), lambda w: [1], 15, padding=0,
-                           word_end=1)
+            read_dialogues(talks, Codes(tmp_path, None, 3, 2 if line["heard"] != "a.mimi" else 4), lambda w: [1],
+                           duplex.small(card=CARD - 1).spec)
+    write_codes(tmp_path / "d.mimi", torch.zeros(3, 4, dtype=torch.long), weights="other")
+    talks.write_text("\n".join(map(json.dumps, (first, first | {"own": "d.mimi", "heard": "c.mimi"}))))
+    with pytest.raises(InputError, match="a.mimi and .*d.mimi were encoded by different codecs"):
+        read_dialogues(talks, Codes(tmp_path, None, 3, 2), lambda w: [1], duplex.small(card=CARD).spec)
     refused("data.tokenizer", "--data.tokenizer", str(tmp_path))
+    duplex.small(card=CARD).save_pretrained(tmp_path / "few")
+    refused("520 entries, the model writes 20: it is not this model's tokenizer", "--model", str(tmp_path / "few"))
+    duplex.small(text=spec.TextStream(vocab=900, outputs=30)).save_pretrained(tmp_path / "few")
+    refused("520 entries, the model writes 30", "--model", str(tmp_path / "few"))
+    (tmp_path / "few/config.json").write_text('{"model_type": "csm"}')
+    refused("holds no duplex model checkpoint: config.json is of the kind csm", "--model", str(tmp_path / "few"))
