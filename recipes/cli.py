@@ -18,7 +18,7 @@ COMMANDS = {
     "transcribe": ("mm.recipes.transcribe:transcribe", "the words of sound files, with times, by Whisper"),
     "talk": ("mm.recipes.talk.command:talk", "speak with a duplex model on a web page, or let it answer a sound file"),
     "dialogues": ("mm.recipes.dialogues:dialogues", "make the spoken dialogues that the duplex model is trained on"),
-    "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip or mm"),
+    "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in the layout hf, open_clip, timm, kyutai or mm"),
     "export": ("mm.recipes.export:export", "write the towers of a model as ONNX or torch.export files"),
     "info": ("mm.recipes.info:info", "what a checkpoint is: parts, parameters, memory, FLOPs, preprocessing"),
     "bench": ("mm.recipes.bench.command:bench", "measure this package against its peers"),

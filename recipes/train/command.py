@@ -80,11 +80,15 @@ def explain(parser: Any, settings: type) -> None:
 
 
 def told_fields(owner: type) -> dict[str, str]:
-    """What a docstring says of each field, up to the next one."""
-    text = " ".join((owner.__doc__ or "").split())
-    names = "|".join(field.name for field in dataclasses.fields(owner))
-    parts = re.split(rf"(?:^|(?<=[.)] ))({names}): ", text)
-    return dict(zip(parts[1::2], (part.strip() for part in parts[2::2]), strict=True))
+    """What docstrings, those of the parents too, say of each field, up to the next one; "a, b and c: ..." is said of
+    all three."""
+    names, told = "|".join(field.name for field in dataclasses.fields(owner)), {}
+    for kind in reversed(owner.__mro__):
+        text = " ".join((kind.__doc__ or "").split())
+        parts = re.split(rf"(?:^|(?<=[.);] ))((?:(?:{names})(?:, | and ))*(?:{names})): ", text)
+        for group, what in zip(parts[1::2], parts[2::2], strict=True):
+            told |= dict.fromkeys(re.split(", | and ", group), what.strip(" ;"))
+    return told
 
 
 def shipped() -> list[str]:

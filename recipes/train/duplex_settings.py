@@ -102,6 +102,8 @@ class DuplexLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexOptim(Optim):
+    """AdamW as for every run, with the values that suit a duplex model."""
+
     lr: float = 1e-3
     beta2: float = 0.95
     eps: float = 1e-8

@@ -17,7 +17,6 @@ from .codec_settings import CodecJob
 from .codec_start import starting_model, teacher_of
 from .codec_watch import COLUMNS, CodecWatch, Exam
 from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
-from .memory import keep_memory
 from .shard import strategy
 from .teacher import lessons
 
@@ -26,7 +25,6 @@ SOUNDS = "sounds"
 
 def fit(job: CodecJob) -> None:
     """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
-    keep_memory()
     out, checkpoint = start(job)
     codec = starting_model(job)
     data = SoundModule(job.data, codec.spec.rate, codec.spec.frame, job.trainer.seed, out / SOUNDS)

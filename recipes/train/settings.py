@@ -144,10 +144,11 @@ class Lora:
 
 @dataclass(frozen=True, kw_only=True)
 class Optim:
-    """AdamW with warm-up (in steps) and a schedule.
+    """AdamW with warm-up and a schedule.
 
-    schedule: after the warm-up `lr` falls as a cosine or, of `wsd`, stays until the last steps and falls straight.
-    decay: the share of all steps in which it falls (wsd). final: what is left of `lr` at the end.
+    lr: the highest learning rate. weight_decay: of matrices. beta1, beta2 and eps: AdamW's. warmup: the steps in which
+    `lr` is reached. schedule: after the warm-up `lr` falls as a cosine or, of `wsd`, stays until the last steps and
+    falls straight. decay: the share of all steps in which it falls (wsd). final: what is left of `lr` at the end.
     clip: the largest gradient norm (0: any). ema: the decay of the averaged weights that are evaluated and exported
     (0: the weights themselves).
     """
@@ -176,8 +177,13 @@ class Optim:
 
 @dataclass(frozen=True, kw_only=True)
 class Trainer:
-    """How long and on what. precision: auto is bf16-mixed on a GPU, 32-true elsewhere. threads: of the CPU (none:
-    PyTorch's choice). log, evaluate and save count steps; evaluation and saving also happen at the end."""
+    """How long a run is, and on what.
+
+    max_steps: of the optimizer. seed: of the order of the data, of new weights and of all that is drawn. accelerator:
+    cpu, gpu, or auto. devices: processes, on one GPU each. precision: auto is bf16-mixed on a GPU, 32-true elsewhere.
+    threads: of the CPU (none: PyTorch's choice). log, evaluate and save: every so many steps. The last two also happen
+    at the end.
+    """
 
     max_steps: int = 1000
     seed: int = 0
@@ -197,7 +203,10 @@ class Trainer:
 
 @dataclass(frozen=True, kw_only=True)
 class Export:
-    """The model directory written at the end."""
+    """The model directory written at the end.
+
+    dtype: of its weights.
+    """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
 

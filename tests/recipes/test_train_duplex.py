@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import re
 import signal
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from safetensors.torch import load_file
 from mm import DuplexLM, spec
 from mm.codecs.file import Header, Writer
 from mm.errors import InputError
+from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
 from mm.recipes.data.duplex import batch_of
 from mm.recipes.train.command import parse
@@ -156,6 +158,15 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
     for name, column in (("train.csv", "loss"), ("train.csv", "gradient"), ("validation.csv", "perplexity")):
         one, two = ([float(row[column]) for row in rows(folder / name)][:8] for folder in (whole, tmp_path / "two"))
         assert two == pytest.approx(one, rel=1e-4)
+
+
+def test_every_option_says_what_it_is(capsys):
+    with pytest.raises(SystemExit):
+        main(["train", "duplex", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert re.findall(r"(--[\w.]+) \S+ \(type", said) == [] and "(*, " not in said
+    assert "--shape.heads HEADS of the temporal stack, mlp the ratio" in said  # one of several that share a sentence
+    assert "--optim.beta1 BETA1 AdamW's." in said  # of the class that it inherits from
 
 
 # ------------------------------------------------------------------------------------------------- data
