@@ -57,13 +57,16 @@ class Script:
 
     ahead: so many words before its turn a word is read in the second text stream. padding: the most tokens of it that
     the model may write before the next word; first: those before the first one. `ended` is the step in which the
-    model asked for a word after the last, None until then.
+    model asked for a word after the last, None until then. Raises InputError for tokens outside the vocabulary.
     """
 
     def __init__(self, words: Sequence[Sequence[int] | int], text: TextStream, *, ahead: int = 0, padding: int = 8,
                  first: int = 2):
         if ahead and not text.second:
             raise InputError("this model has no second text stream that words could be read in ahead")
+        odd = [token for word in words if not isinstance(word, int) for token in word if not 0 <= token < text.vocab]
+        if odd:
+            raise InputError(f"a script's words are tokens from 0 to {text.vocab - 1}, not {odd[0]}")
         self.words, self.text, self.ahead, self.padding = deque(words), text, ahead, padding
         self.left, self.forced = first, first
         self.now: deque[int] = deque()

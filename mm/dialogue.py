@@ -227,6 +227,8 @@ def prompt(model: DuplexLM, own: Tensor, heard: Tensor, state: DuplexState, rows
     check(model, state, heard[..., 0], rows, own[..., 0])
     if own.ndim != 3 or heard.ndim != 3 or own.shape[2] != heard.shape[2]:
         raise InputError(f"a prompt holds as many frames said {tuple(own.shape)} as heard {tuple(heard.shape)}")
+    check_tokens("text", own[:, 0], model.spec.text.most)
+    check_tokens("codes", torch.cat([own[:, 1:], heard], 1), model.spec.card)
     for t in range(own.shape[2]):
         if model.spec.heard:
             state.put(own.shape[1], state.rows(heard[..., t]), column(state.delays[own.shape[1]:], own.device), wide)
@@ -242,3 +244,10 @@ def check(model: DuplexLM, state: DuplexState, heard: Tensor, rows: Tensor | Non
     for name, value, streams in (("heard", heard, s.heard), ("given", given, 1 + s.own)):
         if value is not None and (tuple(value.shape) != (batch, streams) or value.is_floating_point()):
             raise InputError(f"{name} should be integers ({batch}, {streams}), not {value.dtype} {tuple(value.shape)}")
+
+
+def check_tokens(name: str, tokens: Tensor, most: int) -> None:
+    """Raises InputError for tokens that no table has; `NONE` stands for one that is not there."""
+    odd = tokens[(tokens < NONE) | (tokens > most)]
+    if len(odd):
+        raise InputError(f"a prompt's {name} should be tokens up to {most}, or {NONE} for none, not {odd[0].item()}")

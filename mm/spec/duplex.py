@@ -29,6 +29,11 @@ class TextStream:
         require(0 <= min(self.padding, self.word_end) <= max(self.padding, self.word_end) < self.vocab,
                 f"TextStream.padding and word_end must be tokens below {self.vocab}")
 
+    @property
+    def most(self) -> int:
+        """The largest token that the stream can carry."""
+        return (self.vocab + 2) * (self.vocab + 1) - 1 if self.second else self.vocab
+
 
 @spec
 class Depth:

@@ -68,5 +68,8 @@ def test_bad_input():
         transcribe(model, torch.zeros(1, 6, 3, dtype=torch.long), 2)
     with pytest.raises(InputError, match="hears nothing"):
         next(speak(model, [Script([[5]], model.spec.text)], model.init_state(1), 2))
+    for word, token in (([5, 20], 20), ([-1], -1)):
+        with pytest.raises(InputError, match=f"tokens from 0 to 19, not {token}"):
+            Script([3, word], model.spec.text)
     with pytest.raises(InputError, match="second text stream"):
         Script([[5]], model.spec.text, ahead=2)

@@ -218,6 +218,10 @@ def test_hooks_force_and_edit_what_is_said():
     (lambda m, s: m.step(torch.zeros(2, 2, dtype=torch.long), s, given=torch.zeros(2, 4, dtype=torch.long)), "given"),
     (lambda m, s: small(card=13).step(torch.zeros(2, 2, dtype=torch.long), s), "made by a model"),
     (lambda m, s: m.prompt(*[torch.zeros(2, n, 3 + n, dtype=torch.long) for n in (5, 2)], s), "as many frames"),
+    (lambda m, s: m.prompt(torch.full((2, 5, 3), 21), torch.zeros(2, 2, 3, dtype=torch.long), s),
+     "a prompt's text should be tokens up to 20, or -1 for none, not 21"),
+    (lambda m, s: m.prompt(torch.full((2, 5, 3), 12), torch.full((2, 2, 3), 13), s), "codes .* up to 12, .* not 13"),
+    (lambda m, s: m.prompt(torch.full((2, 5, 3), -2), torch.zeros(2, 2, 3, dtype=torch.long), s), "not -2"),
     (lambda m, s: m.init_state(1, conditions={"voice": ["a"]}), "knows no conditions"),
     (lambda m, s: Guidance(scale=1.0, hides="audio"), "hides")])
 def test_bad_input(call, words):
