@@ -120,7 +120,8 @@ class DuplexLM(Pretrained):
                memory: Tensor | Memory | None = None) -> Tensor:
         """Streams as they are read, (B, 1 + Q, T) -> (B, T, D) after the final norm. In a stream, `memory` is what
         cross-attention reads, remembered, and what stands before the frames was read when the state was made."""
-        conditions = self.condition(None, len(inputs)) if conditions is None else conditions
+        if conditions is None:
+            conditions = Conditioned() if self.conditions is None else self.condition(None, len(inputs))
         x, before = self.embed(inputs), 0
         if conditions.before is not None and state is None:
             if documents is not None:
@@ -167,9 +168,10 @@ class DuplexLM(Pretrained):
                   for name, held in (conditions or {}).items()}
         made = self.condition(values, batch * state.twice)
         chosen = torch.ones_like(state.offset, dtype=torch.bool) if rows is None else state.rows(rows)
-        if made.added is not None:
-            state.added = made.added if state.added is None else torch.where(chosen[:, None, None], made.added,
-                                                                             state.added)
+        if made.added is not None and state.added is None:
+            state.added = made.added
+        elif made.added is not None:  # where it lies: a captured step reads it there
+            state.added.copy_(torch.where(chosen[:, None, None], made.added, state.added))
         if made.cross is not None:
             memory = self.stack.remember(made.cross.to(self.text.weight.dtype))
             if state.memory is None:

@@ -2,19 +2,35 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
 from mm import checkpoint
 from mm.families.csm import HF_CSM
 from mm.families.hf_moshi import HF_MOSHI
 from mm.families.moshi import KYUTAI, read_file
-from mm.family import Families, Family
+from mm.family import Extras, Families, Family, Opened
 from mm.spec import CSMSpec, DuplexSpec
 from mm.tables import IDENTITY
+
+GENERATION = "generation"  # what Kyutai's configs say of sampling and of speech to and from text
+
+
+def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
+    told = {name: value for name, value in extras.generation.items() if name.endswith("_config")}
+    return {checkpoint.CONFIG: config | ({GENERATION: told} if told else {})}
+
+
+def complete(folder: Path, opened: Opened) -> Opened:
+    told = checkpoint.read_json(folder / checkpoint.CONFIG).get(GENERATION) or {}
+    return replace(opened, extras=replace(opened.extras, generation=told))
 
 
 def own(kind: str, settings: type) -> Family:
     return Family(
-        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True,
-        files=lambda config, extras: {checkpoint.CONFIG: config}, table=lambda spec, names: IDENTITY,
+        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, files=files,
+        complete=complete, table=lambda spec, names: IDENTITY,
         recognise=lambda config: config.get("family") == kind, from_spec=lambda spec: checkpoint.pack(kind, spec),
         to_spec=lambda config, where: checkpoint.unpack(config, settings, where))
 

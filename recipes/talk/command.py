@@ -19,6 +19,7 @@ from ..search.arguments import device_option, positive
 
 if TYPE_CHECKING:
     from .limits import Limits
+    from .partner import Partner
     from .server import Address
 
 PORT = 8998  # where Kyutai's clients look
@@ -34,20 +35,24 @@ def talk(argv: list[str]) -> int:
                          "`mm train duplex` wrote, or kyutai/moshiko-pytorch-bf16")
     import torch
 
-    from .partner import Partner
-
     torch.set_num_threads(args.threads or max(1, min(4, (os.cpu_count() or 1) - 1)))
     if args.file is not None:
         from .file import answer
 
-        partner = Partner.open(args.model, args.codec, args.device)
+        partner = opened(args)
         partner.arrange(1)
         return answer(partner, args)
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
     address, most = address_of(args), limits_of(args)
     with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(Partner.open(args.model, args.codec, args.device), address, most, args))
+        asyncio.run(run(opened(args), address, most, args))
     return 0
+
+
+def opened(args: argparse.Namespace) -> Partner:
+    from .partner import Partner
+
+    return Partner.open(args.model, args.codec, args.device, dict(args.condition))
 
 
 async def run(partner, address: Address, limits: Limits, args: argparse.Namespace) -> None:
@@ -100,6 +105,8 @@ def arguments() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--model", metavar="DIR", help="a duplex model: a directory, a hub name or a file")
     add("--codec", metavar="DIR", help="its Mimi, where none lies beside it")
+    add("--condition", type=condition, action="append", default=[], metavar="NAME=WORD",
+        help="what a model with conditions is told, such as description=very_good (the default of Hibiki)")
     device_option(parser)
     add("--threads", type=positive, help="of the model on a CPU (default: all cores but one, at most 4)")
     add("--file", type=Path, metavar="SOUND", help="answer this sound file and end, without a server")
@@ -119,6 +126,13 @@ def arguments() -> argparse.ArgumentParser:
     serving("--key", type=Path, metavar="PEM", help="and its key")
     serving("--static", type=Path, metavar="DIR", help="another page than ours, such as Kyutai's")
     return parser
+
+
+def condition(text: str) -> tuple[str, str]:
+    name, equals, word = text.partition("=")
+    if not (name and equals and word):
+        raise argparse.ArgumentTypeError(f"expected NAME=WORD, got {text!r}")
+    return name, word
 
 
 def seconds(text: str) -> float:

@@ -64,7 +64,7 @@ class Dialogues:
         at = torch.zeros_like(self.rows)
         at[row] = True
         before = self.kinds
-        self.partner.model.begin(self.lm, rows=at)
+        self.partner.model.begin(self.lm, self.partner.conditions(len(self.rows)), rows=at)
         self.sound.reset(at)
         self.lm.sample(row, wishes.text, wishes.audio)
         self.taste.set(row, wishes)

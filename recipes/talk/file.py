@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint import replacing
-from mm.dialogue import AUDIO, TEXT
 from mm.errors import InputError
 from mm.stop import TextStream
 
@@ -20,7 +19,6 @@ from ...codecs.sound import open_sound
 from ..search.progress import Bar
 from .dialogues import Dialogues
 from .partner import Partner
-from .wishes import Wishes
 
 
 def answer(partner: Partner, args: argparse.Namespace) -> int:
@@ -36,7 +34,8 @@ def answer(partner: Partner, args: argparse.Namespace) -> int:
     steps = round((sound.seconds + args.after) / partner.seconds)
     words, s = TextStream(partner.model.tokenizer), partner.model.spec.text
     dialogues, samples = Dialogues(partner, 1), 0
-    wishes = Wishes(text=replace(TEXT, seed=args.seed), audio=replace(AUDIO, seed=args.seed))
+    plain = partner.wishes
+    wishes = replace(plain, text=replace(plain.text, seed=args.seed), audio=replace(plain.audio, seed=args.seed))
     dialogues.enter("file", wishes)
     with (replacing(args.to) as part, Bar("answering", steps) as bar,
           soundfile.SoundFile(part, "w", partner.rate, 1, format=kind) as file):

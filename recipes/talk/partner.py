@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
+from mm.sampling import Sampling
+from mm.spec import Choice
 
 from ...codecs.families import FAMILIES as CODECS
+from .wishes import Wishes
 
 if TYPE_CHECKING:
     import torch
@@ -18,16 +22,19 @@ if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
 
 CODEC = "codec"  # the folder within a model's directory where our own layout keeps it
+BEST = "very_good"  # of the recordings that Hibiki learned from
 PATTERNS = ("tokenizer-*.safetensors", "mimi*.safetensors")
 
 
 @dataclass(frozen=True)
 class Partner:
-    """Both on one device and in evaluation mode. `name` is what the model was opened by."""
+    """Both on one device and in evaluation mode. `name` is what the model was opened by; `told` are its conditions, in
+    every conversation."""
 
     model: DuplexLM
     codec: Mimi
     name: str
+    told: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         s, q = self.model.spec, self.codec.spec.quantizer
@@ -38,9 +45,16 @@ class Partner:
                              f"{q.codebooks} of {q.size}: they do not belong together")
         if self.codec.spec.seanet.channels != 1:
             raise InputError(f"{self.name}: the codec has {self.codec.spec.seanet.channels} channels, a voice has one")
+        words = [one.name for one in s.conditioning.conditions if isinstance(one.of, Choice)] if s.conditioning else []
+        odd = [name for name in self.told if name not in words]
+        if odd:
+            raise InputError(f"{self.name} cannot be told {odd[0]!r}, " + (f"only {', '.join(words)}" if words else
+                                                                           "nor anything else"))
+        self.model.condition(self.conditions(1))
 
     @classmethod
-    def open(cls, name: str, codec: str | None = None, device: str | None = None) -> Partner:
+    def open(cls, name: str, codec: str | None = None, device: str | None = None,
+             told: Mapping[str, str] | None = None) -> Partner:
         """A duplex model by directory, hub name or file, in float32 on a CPU and as stored elsewhere, with its codec:
         the one named, or what lies beside it. Raises InputError."""
         import torch
@@ -52,7 +66,8 @@ class Partner:
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
         model = DuplexLM.from_pretrained(name, dtype=torch.float32 if place.type == "cpu" else None, device=place)
         found = codec or beside(name)
-        return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name))
+        told = usual(model) | dict(told or {})
+        return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name), told)
 
     def arrange(self, rows: int) -> None:
         """On a CPU, weights in the order in which a step of so many conversations is fastest."""
@@ -64,6 +79,21 @@ class Partner:
         elif self.device.type == "cpu" and ONEDNN:
             arrange_for_rows(self.model)
             arrange_for_rows(self.codec)
+
+    def conditions(self, rows: int) -> dict[str, list[str]]:
+        """What it is told, for so many conversations."""
+        return {name: [word] * rows for name, word in self.told.items()}
+
+    @property
+    def wishes(self) -> Wishes:
+        """Those of a client that asks for nothing: what the checkpoint's config says of sampling, or the usual."""
+        told, plain = self.model.generation.get("lm_gen_config") or {}, Wishes()
+
+        def sampling(usual: Sampling, temperature: str, top_k: str) -> Sampling:
+            warm = told.get(temperature, usual.temperature) if told.get("use_sampling", True) else 0
+            return Sampling(temperature=warm, top_k=told.get(top_k, usual.top_k) if warm else 0)
+        return Wishes(text=sampling(plain.text, "temp_text", "top_k_text"),
+                      audio=sampling(plain.audio, "temp", "top_k"))
 
     @property
     def device(self) -> torch.device:
@@ -82,6 +112,12 @@ class Partner:
     def seconds(self) -> float:
         """Of a step."""
         return self.frame / self.rate
+
+
+def usual(model: DuplexLM) -> dict[str, str]:
+    """What Kyutai's server tells Hibiki, and no other model."""
+    known = model.spec.conditioning.conditions if model.spec.conditioning and model.spec.text.end is not None else ()
+    return {one.name: BEST for one in known if isinstance(one.of, Choice) and BEST in one.of.values}
 
 
 def beside(name: str) -> Path:

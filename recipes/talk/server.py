@@ -129,7 +129,7 @@ class Server:
         try:
             if self.closing:
                 raise Over("the server is being stopped", LEAVING)
-            wishes = Wishes.of(request.query)
+            wishes = Wishes.of(request.query, self.partner.wishes)
             session = Session(socket, wishes, self.engine, self.hall, self.limits, self.pool, self.about())
             self.sessions.add(session)
             await session.run()

@@ -29,14 +29,15 @@ class Wishes:
     format: str = "opus"
 
     @classmethod
-    def of(cls, query: Mapping[str, str]) -> Wishes:
-        """From a query; names that are not known are passed over, seeds that are not given drawn. Raises InputError
-        for values that make no sense."""
+    def of(cls, query: Mapping[str, str], plain: Wishes | None = None) -> Wishes:
+        """From a query; what it leaves out is as in `plain`, names that are not known are passed over, seeds that are
+        not given drawn. Raises InputError for values that make no sense."""
+        plain = plain or cls()
         form = query.get("format", "opus")
         if form not in FORMATS:
             raise InputError(f"format should be {' or '.join(FORMATS)}, not {form!r}")
         return cls(
-            text=sampling(query, "text", TEXT), audio=sampling(query, "audio", AUDIO), format=form,
+            text=sampling(query, "text", plain.text), audio=sampling(query, "audio", plain.audio), format=form,
             pad_mult=number(query, "pad_mult", 0.0, -100, 100),
             repetition_penalty=number(query, "repetition_penalty", 1.0, 0.01, 100),
             context=whole(query, "repetition_penalty_context", CONTEXT, CONTEXT))

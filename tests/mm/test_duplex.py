@@ -155,6 +155,15 @@ def test_conditions_before_the_frames_move_every_frame():
     assert made.text.shape == (2, 8, 20) and not torch.allclose(made.text[0], other.text[0])
 
 
+def test_what_a_config_says_of_generation_goes_along(tmp_path):
+    model, told = small(), {"lm_gen_config": {"temp_text": 0.4}, "stt_config": {"audio_delay_seconds": 0.5}}
+    model.generation = told | {"mimi_name": "codec.safetensors"}
+    for layout in ("mm", "kyutai"):
+        model.save_pretrained(tmp_path / layout, layout=layout)
+        model = DuplexLM.from_pretrained(tmp_path / layout)
+        assert {name: model.generation.get(name) for name in told} == told
+
+
 BAD = [(lambda m: m(torch.zeros(1, 6, 4, dtype=torch.long)), "codes should be integers"),
        (lambda m: m(torch.zeros(1, 7, 0, dtype=torch.long)), "codes should be integers"),
        (lambda m: m(torch.zeros(1, 7, 4)), "codes should be integers"),

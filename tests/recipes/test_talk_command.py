@@ -1,5 +1,6 @@
 """`mm talk` from the command line: a file that is answered, a server that starts and stops, and what it refuses."""
 
+import importlib
 import json
 import os
 import signal
@@ -23,6 +24,7 @@ from mm.recipes.talk import capacity
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.partner import Partner
 from mm.recipes.talk.wishes import Wishes
+from mm.sampling import Sampling
 
 
 @pytest.fixture(scope="module")
@@ -63,12 +65,15 @@ def test_the_answer_stands_beside_what_it_answers(model):
     assert known.sum() > 18 and torch.equal(logits.audio[0].argmax(-1)[known], said[1:][known])
 
 
-def test_kyutais_directory_talks_as_kyutais_server(tmp_path, monkeypatch):
-    """Frames go through the official package as its server hands them on, greedily."""
+@pytest.mark.parametrize("shape", ["moshi", "hibiki"])
+def test_kyutais_directory_talks_as_kyutais_server(tmp_path, monkeypatch, shape):
+    """Frames go through the official package as its server hands them on, greedily; Hibiki is told that its sound is
+    to be very good."""
     monkeypatch.setenv("NO_TORCH_COMPILE", "1")
     moshi = pytest.importorskip("moshi.models", reason="needs the package moshi")
-    lm, mimi = talking.as_kyutai(tmp_path)
-    generator, wave = moshi.LMGen(lm, use_sampling=False), talking.speech(16)
+    lm, mimi = talking.as_kyutai(tmp_path, shape, lm_gen_config={"temp_text": 0.4, "top_k_text": 9, "temp": 0.0})
+    told = importlib.import_module("moshi.run_inference").get_condition_tensors(shape, lm, 1, 1.0)
+    generator, wave = moshi.LMGen(lm, use_sampling=False, condition_tensors=told), talking.speech(16)
     mimi.streaming_forever(1)
     generator.streaming_forever(1)
     theirs, tokens = [], []
@@ -85,9 +90,17 @@ def test_kyutais_directory_talks_as_kyutais_server(tmp_path, monkeypatch):
     dialogues = Dialogues(partner, 1)
     dialogues.enter("one", Wishes.of({"text_temperature": "0", "audio_temperature": "0"}))
     ours = [dialogues.step({"one": frame})["one"] for frame in wave.reshape(-1, 1920)]
-    assert ours[0] is None and [said.token for said in ours[1:]] == tokens
-    assert max(np.abs(a.wave - b).max() for a, b in zip(ours[1:], theirs, strict=True)) < 1e-4
-    assert partner.model.tokenizer is not None
+    lag = partner.model.spec.lag
+    assert ours[:lag] == [None] * lag and [said.token for said in ours[lag:]] == tokens
+    assert max(np.abs(a.wave - b).max() for a, b in zip(ours[lag:], theirs, strict=True)) < 1e-4
+    assert partner.model.tokenizer is not None and partner.told == ({"description": "very_good"} if shape == "hibiki"
+                                                                    else {})
+    assert partner.wishes.text == Sampling(temperature=0.4, top_k=9) and partner.wishes.audio == Sampling()
+    if shape == "hibiki":
+        with pytest.raises(InputError, match="description should be one of bad, good, very_good, not 'fine'"):
+            Partner.open(str(tmp_path), told={"description": "fine"})
+    with pytest.raises(InputError, match="cannot be told 'mood', " + ("only desc" if told else "nor anything else")):
+        Partner.open(str(tmp_path), told={"mood": "good"})
 
 
 def test_what_is_refused(model, tmp_path, capsys):

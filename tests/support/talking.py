@@ -76,10 +76,10 @@ def speech(frames: int, seed: int = 0) -> np.ndarray:
     return np.random.default_rng(seed).normal(0, 0.2, frames * FRAME).astype(np.float32)
 
 
-def as_kyutai(folder: Path) -> tuple[nn.Module, nn.Module]:
-    """A directory as Kyutai publishes them, one config, and every file under the name that it has there; and the
-    official package's own model and codec with these weights."""
-    config = duplex.settings("moshi") | {"card": 64, "text_card": WORDS}
+def as_kyutai(folder: Path, shape: str = "moshi", **more) -> tuple[nn.Module, nn.Module]:
+    """A directory as Kyutai publishes them, one config (with `more`), and every file under the name that it has there;
+    and the official package's own model and codec with these weights."""
+    config = duplex.settings(shape) | {"card": 64, "text_card": WORDS}
     theirs = duplex.official(config)
     duplex.write(theirs, config, folder)
     longer = codec.SETTINGS | {"transformer": codec.TRANSFORMER | {"context": 100}}  # past it, the official one errs
@@ -92,7 +92,7 @@ def as_kyutai(folder: Path) -> tuple[nn.Module, nn.Module]:
     (folder / "tokenizer_spm_32k_3.model").write_bytes(words())
     (folder / "config.json").write_text(json.dumps(config | {
         "mimi_name": name, "mimi_config_name": "mimi_config.json", "moshi_name": "model.safetensors",
-        "tokenizer_name": "tokenizer_spm_32k_3.model"}))
+        "tokenizer_name": "tokenizer_spm_32k_3.model"} | more))
     return theirs, mimi
 
 
