@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from .data.talkers import Line
     from .data.voices import Sources
 
-UTTERANCES = "utterances"
+UTTERANCES, SAID = "utterances", "said.txt"
 PLAN = 42  # the last number of the key of a random generator
 
 
@@ -25,7 +25,8 @@ def dialogues(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="mm dialogues", description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for utterances, which are kept from run to "
-                        "run, for dialogues (.flac: left speaks, right is heard; .json) and for train.jsonl, val.jsonl")
+                        "run, for dialogues (.flac: left speaks, right is heard; .json), for train.jsonl, val.jsonl "
+                        "and for said.txt, what the model says in training, on which its tokenizer is trained")
     parser.add_argument("--kokoro", type=Path, metavar="DIR", help=f"Kokoro's voices: package after {GET_KOKORO}")
     parser.add_argument("--rhyme", type=Path, metavar="DIR", help="clips of the Modified Rhyme Test: "
                         f"mcvqoe/intelligibility/audio_clips after {GET_RHYME}")
@@ -88,3 +89,6 @@ def write(args: argparse.Namespace, script: list[Line]) -> None:
         with replacing(args.out / f"{part}.jsonl") as file:
             file.write_text("".join(json.dumps({"path": path_of(part, number)}) + "\n" for number in numbers), "utf-8")
         print(f"{args.out / part}.jsonl: {len(numbers)} dialogues", flush=True)
+    said = (" ".join(line.question.answer for line in scene) for part, _, scene in pieces if part == "train")
+    with replacing(args.out / SAID) as file:  # a line begins with a space, as every word does in a dialogue
+        file.write_text("".join(f" {text}\n" for text in said if text), "utf-8")

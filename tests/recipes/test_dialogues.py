@@ -55,6 +55,8 @@ def test_manifests_that_training_reads(tmp_path, humming, capsys):
             talkers |= {turn["talker"] for turn in told["turns"]}
         assert talkers and (talkers <= HELD_OUT if part == "val" else not talkers & HELD_OUT)
     assert set(humming.values()) == {1}
+    said = (tmp_path / "said.txt").read_text().splitlines()
+    assert said and all(line.startswith(" ") and line.endswith((".", "?")) for line in said)
 
 
 def test_a_second_run_says_nothing_anew_and_makes_the_same(tmp_path, humming):
