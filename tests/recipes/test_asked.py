@@ -23,6 +23,7 @@ def test_the_words_are_one_of_each_list_and_sound_unlike():
     ("sum", "seven", " It is 7."), ("sum", "eighteen", "It is 18"), ("sum", "seven", "IT IS SEVEN!"),
     ("sum", "four", "It is for."), ("sum", "seven", "Three plus four is seven."), ("sum", "seven", "3 + 4 = 7."),
     ("sum", "four", "Four plus zero is four."), ("word", "tale", "The word is tail."),
+    ("word", "sun", "The word is son."),
     ("word", "cake", "the word is, cake"),
     ("greeting", "hello", "Hello, how can I help you?"), ("greeting", "hello", "how can I help")])
 def test_right(kind, expect, transcript):
