@@ -20,7 +20,9 @@ TURNS = (0.06, 0.22, 0.40, 0.32)  # how often a dialogue has no, one, two, three
 SHARES = (0.5, 0.4, 0.1)  # of KINDS
 HUMAN = 0.25  # of the words to repeat, where people say them
 OPENING, LONG = (0.2, 2.0), (3.0, 6.0)  # seconds of silence before the first question, and before some that are alone
-DELAY = (0.35, 0.52)  # from the end of a question to its answer, before this is moved on to a frame
+DELAY = (0.5, 0.65)  # from the end of a question to its answer, before this is moved on to a frame
+AHEAD = 5 * FRAME  # samples: an answer is written before it is said, a word a frame. Else its first sounds would tell
+# a model in training which of the few sentences this is, and what was asked would not be learned
 GAP = (0.3, 1.5)  # from an answer to the next question
 CLOSING, QUIET = (0.4, 1.2), (4.0, 8.0)  # after the last answer; of a dialogue without a question
 INTERRUPTED = 0.3  # of the answers that are not the last: 15 % of all
@@ -43,7 +45,8 @@ class Turn(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Scene:
-    """wave (2, n) float32 at 24 kHz: the model speaks, the model hears. `words` are the model's, as alignments."""
+    """wave (2, n) float32 at 24 kHz: the model speaks, the model hears. `words` are the model's, as alignments, from
+    when they are written to when they were said."""
 
     wave: np.ndarray
     words: list[tuple[str, tuple[float, float], str]]
@@ -143,11 +146,11 @@ class Stage:
                                interrupted))
 
     def align(self, text: str, reply: int, length: int) -> None:
-        """The words that are begun, and for more than a moment, in so many samples."""
-        for word, start, end in self.library.times[text]:
-            if start < length / RATE - 2 * FADE:
-                span = (round(reply / RATE + start, 3), round(reply / RATE + min(end, length / RATE), 3))
-                self.words.append((word, span, MAIN))
+        """The words of an answer, also those that are not said where it is broken off after so many samples."""
+        for index, (word, _, end) in enumerate(self.library.times[text]):
+            written = (index * FRAME - AHEAD) / RATE
+            said = max(min(end, length / RATE), written)
+            self.words.append((word, (round(reply / RATE + written, 3), round(reply / RATE + said, 3)), MAIN))
 
     def spoken(self, line: Line) -> np.ndarray:
         """A question as its talker says it in this dialogue."""
