@@ -90,8 +90,8 @@ class CodecOptim(Optim):
 class CodecJob:
     """Train a neural codec on folders of sounds.
 
-    out: the directory of the run; the same command continues what is there. model: a Mimi (directory, hub name or
-    Kyutai's file) to go on from, instead of a new `shape`. books: how the codebooks learn. critics: the
+    out: the directory of the run; the same command continues what is there. model: a Mimi (directory, hub name,
+    Kyutai's file, or codec_small) to go on from, instead of a new `shape`. books: how the codebooks learn. critics: the
     discriminators.
     """
 
