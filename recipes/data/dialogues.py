@@ -19,6 +19,7 @@ from mm.spec import Choice, Conditioning, DuplexSpec
 
 from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
+from ..weights import shipped
 from .sampler import generator
 from .words import read_words, text_stream
 
@@ -166,9 +167,9 @@ class Codes:
         from ...codecs.mimi import Mimi
 
         if self.codec is None:
-            raise InputError("conversations of sound files need data.codec, a Mimi directory or hub name")
+            raise InputError("conversations of sound files need data.codec: codec_small, a Mimi directory or hub name")
         if self.model is None:
-            self.model = Mimi.from_pretrained(self.codec, dtype=torch.float32)
+            self.model = Mimi.from_pretrained(shipped(self.codec), dtype=torch.float32)
             self.fingerprint = self.model.fingerprint()
         return self.model
 

@@ -72,7 +72,8 @@ class Fixed(Dataset[DuplexBatch]):
 
 
 class DuplexModule(lightning.LightningDataModule):
-    """Training batches from any step on, and a fixed set of evaluation batches (`validation`, None without any)."""
+    """Training batches from any step on, and a fixed set of evaluation batches (`validation`, None without any).
+    `header` is that of a file of the codes."""
 
     def __init__(self, data: DuplexData, model: DuplexSpec, tokenizer: Tokenizer, seed: int, cache: Path) -> None:
         super().__init__()
@@ -88,6 +89,7 @@ class DuplexModule(lightning.LightningDataModule):
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
         self.training = Packed(kept, data.length, self.seed)
         self.validation = Packed(out, data.length, None) if out else None
+        self.header = codes.first[1]
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of all that is trained on."""

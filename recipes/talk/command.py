@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from .partner import Partner
     from .server import Address
 
+MODEL = "duplex_small"
 PORT = 8998  # where Kyutai's clients look
 TOKEN = "MM_TALK_TOKEN"
 
@@ -30,9 +31,6 @@ def talk(argv: list[str]) -> int:
     args = arguments().parse_args(argv)
     if (args.file is None) != (args.to is None):
         raise InputError("--file and --to go together: the sound that is asked, and where the answer is written")
-    if args.model is None:
-        raise InputError("no model ships with this version yet: name one with --model, such as a directory that "
-                         "`mm train duplex` wrote, or kyutai/moshiko-pytorch-bf16")
     import torch
 
     torch.set_num_threads(args.threads or max(1, min(4, (os.cpu_count() or 1) - 1)))
@@ -103,8 +101,9 @@ def address_of(args: argparse.Namespace) -> Address:
 def arguments() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="mm talk", description=__doc__)
     add = parser.add_argument
-    add("--model", metavar="DIR", help="a duplex model: a directory, a hub name or a file")
-    add("--codec", metavar="DIR", help="its Mimi, where none lies beside it")
+    add("--model", default=MODEL, metavar="DIR", help="a duplex model: a directory that `mm train duplex` wrote, a hub "
+        f"name such as kyutai/moshiko-pytorch-bf16, or a file (default: {MODEL}, which ships with this package)")
+    add("--codec", metavar="DIR", help="another Mimi than its own")
     add("--condition", type=condition, action="append", default=[], metavar="NAME=WORD",
         help="what a model with conditions is told, such as description=very_good (the default of Hibiki)")
     device_option(parser)

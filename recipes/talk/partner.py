@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 from mm.sampling import Sampling
 from mm.spec import Choice
 
-from ...codecs.families import FAMILIES as CODECS
+from ..weights import shipped
+from .codec_of import Note, codec_of
 from .wishes import Wishes
 
 if TYPE_CHECKING:
@@ -21,9 +21,7 @@ if TYPE_CHECKING:
 
     from ...codecs.mimi import Mimi
 
-CODEC = "codec"  # the folder within a model's directory where our own layout keeps it
 BEST = "very_good"  # of the recordings that Hibiki learned from
-PATTERNS = ("tokenizer-*.safetensors", "mimi*.safetensors")
 
 
 @dataclass(frozen=True)
@@ -45,6 +43,8 @@ class Partner:
                              f"{q.codebooks} of {q.size}: they do not belong together")
         if self.codec.spec.seanet.channels != 1:
             raise InputError(f"{self.name}: the codec has {self.codec.spec.seanet.channels} channels, a voice has one")
+        if (note := Note.of(self.model)) is not None:
+            note.check(self.name, self.codec)
         words = [one.name for one in s.conditioning.conditions if isinstance(one.of, Choice)] if s.conditioning else []
         odd = [name for name in self.told if name not in words]
         if odd:
@@ -55,8 +55,8 @@ class Partner:
     @classmethod
     def open(cls, name: str, codec: str | None = None, device: str | None = None,
              told: Mapping[str, str] | None = None) -> Partner:
-        """A duplex model by directory, hub name or file, in float32 on a CPU and as stored elsewhere, with its codec:
-        the one named, or what lies beside it. Raises InputError."""
+        """A duplex model by directory, hub name, file or the name of shipped weights, in float32 on a CPU and as stored
+        elsewhere, with its codec: the one named, or its own. Raises InputError."""
         import torch
 
         from mm import DuplexLM
@@ -64,8 +64,9 @@ class Partner:
         from ...codecs.mimi import Mimi
 
         place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
-        model = DuplexLM.from_pretrained(name, dtype=torch.float32 if place.type == "cpu" else None, device=place)
-        found = codec or beside(name)
+        where, dtype = shipped(name), torch.float32 if place.type == "cpu" else None
+        model = DuplexLM.from_pretrained(where, dtype=dtype, device=place)
+        found = shipped(codec) if codec else codec_of(where, model)
         told = usual(model) | dict(told or {})
         return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name), told)
 
@@ -119,18 +120,3 @@ def usual(model: DuplexLM) -> dict[str, str]:
     known = model.spec.conditioning.conditions if model.spec.conditioning and model.spec.text.end is not None else ()
     return {one.name: BEST for one in known if isinstance(one.of, Choice) and BEST in one.of.values}
 
-
-def beside(name: str) -> Path:
-    """The codec that belongs to a model: in its folder `codec`, by its config, or by the names of Kyutai's files.
-    Raises InputError when there is none."""
-    path = Path(name).expanduser()
-    folder = path.parent if path.is_file() else CODECS.resolve(name)
-    if (folder / CODEC).is_dir():
-        return folder / CODEC
-    if CODECS.kind_of(folder):
-        return folder
-    found = sorted(file for pattern in PATTERNS for file in folder.glob(pattern))
-    if not found:
-        raise InputError(f"{folder} holds no codec: no folder {CODEC}, no mimi_name in its config, no "
-                         f"{' or '.join(PATTERNS)}; name one with --codec")
-    return found[0]

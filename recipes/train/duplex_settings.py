@@ -19,11 +19,11 @@ class DuplexData:
     and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a list
     `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks; `conditions`, words by name,
     for a model that is told any. Paths are from that file's folder. val: another such file, to evaluate on.
-    holdout: the share of the conversations that is held out where there is no `val`. codec: a Mimi, to encode sound
-    files with. cache: the folder that keeps their codes (none: one in the run's directory). tokenizer: a directory with
-    the tokenizer of the text (none: the model's). late: whether a word that is still being written when the next one
-    begins is dropped, or shifts it. length: frames of a row. batch_size: rows of all processes together.
-    workers: processes that make batches.
+    holdout: the share of the conversations that is held out where there is no `val`. codec: a Mimi to encode sound
+    files with, a directory, a hub name or codec_small. cache: the folder that keeps their codes (none: one in the run's
+    directory). tokenizer: a directory with the tokenizer of the text (none: the model's). late: whether a word that is
+    still being written when the next one begins is dropped, or shifts it. length: frames of a row. batch_size: rows of
+    all processes together. workers: processes that make batches.
     """
 
     path: str

@@ -18,10 +18,12 @@ from mm.lora import merge_lora
 from mm.schema import require
 from mm.tokenizer import Tokenizer, load_tokenizer
 
-from ...codecs.file import Reader
+from ...codecs.file import Header, Reader
+from ...codecs.mimi import Mimi
 from ..data.dialogues import Codes, read_manifest
 from ..data.duplex import Batches, DuplexModule, Fixed
 from ..data.sampler import Order
+from ..talk.codec_of import CODEC, Note
 from .duplex import DuplexRecipe
 from .duplex_loss import losses_of
 from .duplex_settings import DuplexJob, DuplexLoss, DuplexShape
@@ -49,6 +51,7 @@ def fit(job: DuplexJob) -> None:
     if trainer.is_global_zero:
         merge_lora(average)
         export(average, out / MODEL, job.export.dtype)
+        keep_codec(job, average, out / MODEL)
         write_json(out / METRICS, facts(job, recipe, watch) | {
             "length": job.data.length, "frames": data.training.frames,
             "parameters": sum(p.numel() for p in recipe.module.parameters())})
@@ -68,7 +71,22 @@ def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
     model.tokenizer = tokenizer
     data = DuplexModule(job.data, model.spec, tokenizer, job.trainer.seed, cache)
     data.setup()
+    bind(model, data.header, job)
     return model.train(), data
+
+
+def bind(model: DuplexLM, header: Header, job: DuplexJob) -> None:
+    """Notes the codec of the conversations. Raises InputError where a model to go on with was trained with another."""
+    before, now = Note.of(model), Note.taken(header)
+    require(before is None or before.weights == now.weights,
+            f"{job.data.path} was encoded by a codec of other weights than {job.model} was trained with")
+    model.generation = {**model.generation, **now.told()}
+
+
+def keep_codec(job: DuplexJob, model: DuplexLM, folder: Path) -> None:
+    """Beside a model that does not name its codec, where the codec is at hand."""
+    if Note.of(model).name is None and job.data.codec is not None:
+        Mimi.from_pretrained(job.data.codec).save_pretrained(folder / CODEC)
 
 
 def tokenizer_for(job: DuplexJob, model: DuplexLM | None) -> Tokenizer:

@@ -28,6 +28,14 @@ def codec_small() -> Path:
     return whole("codec_small", "mm train codec --config codec_small.yaml")
 
 
+def duplex_small() -> Path:
+    """The directory of the small duplex model trained by `mm train duplex --config duplex_small.yaml`.
+
+    Raises InputError when this installation lacks it.
+    """
+    return whole("duplex_small", "mm train duplex --config duplex_small.yaml")
+
+
 def whole(name: str, command: str) -> Path:
     path = Path(__file__).parent / name
     if not (path / "model.safetensors").is_file():
@@ -41,4 +49,5 @@ def shipped(name: str | Path) -> str | Path:
     return SHIPPED[name]() if str(name) in SHIPPED and not Path(name).exists() else name
 
 
-SHIPPED = {"stories260k": stories260k, "codec_small": codec_small}  # what commands call them
+SHIPPED = {"stories260k": stories260k, "codec_small": codec_small,
+           "duplex_small": duplex_small}  # what commands call them

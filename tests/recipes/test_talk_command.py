@@ -19,6 +19,7 @@ import torch
 from mm import spec
 from mm.codecs.spec import MimiSpec, Quantizer
 from mm.errors import InputError
+from mm.recipes import weights
 from mm.recipes.cli import main
 from mm.recipes.talk import capacity
 from mm.recipes.talk.dialogues import Dialogues
@@ -107,7 +108,7 @@ def test_what_is_refused(model, tmp_path, capsys):
     soundfile.write(tmp_path / "q.wav", np.zeros(2000), 24000)
     named = ["--model", str(model)]
     for argv, words in (
-            ([], "no model ships with this version yet"),
+            (["--model", "duplex_none"], "not a directory here"),
             (["--model", str(tmp_path / "none")], "not a directory with a checkpoint"),
             ([*named, "--file", str(tmp_path / "q.wav")], "--file and --to go together"),
             ([*named, "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.doc")], ".doc is not a sound"),
@@ -133,6 +134,39 @@ def test_a_codec_that_does_not_belong_to_the_model(model, tmp_path):
     deaf = duplex.small(text=spec.TextStream(vocab=20), delays=(0, 0, 1, 1, 1))
     with pytest.raises(InputError, match="hears 0"):
         Partner(deaf, talking.partner().codec, "deaf")
+
+
+def test_the_shipped_model_is_the_default(model, tmp_path, monkeypatch, capsys):
+    """It names the codec that ships too; where weights are lacking, a sentence says how to get them."""
+    own, sound = tmp_path / "own", talking.partner().codec
+    partner = talking.partner()
+    note = {"name": "codec_small", "weights": sound.fingerprint(), "frame_rate": 12.5}
+    partner.model.generation = {"codec_config": note}
+    partner.model.save_pretrained(own)
+    sound.save_pretrained(tmp_path / "sound")
+    monkeypatch.setitem(weights.SHIPPED, "duplex_small", lambda: own)
+    monkeypatch.setitem(weights.SHIPPED, "codec_small", lambda: tmp_path / "sound")
+    soundfile.write(tmp_path / "q.wav", talking.speech(4), 24000)
+    argv = ["talk", "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.wav"), "--after", "0.1"]
+    assert main(argv) == 0 and soundfile.info(tmp_path / "a.wav").frames == 5 * 1920
+    monkeypatch.setitem(weights.SHIPPED, "duplex_small", lambda: weights.whole("lost", "mm train duplex"))
+    assert main(argv) == 2 and "train them with `mm train duplex`" in capsys.readouterr().err
+
+
+def test_a_codec_that_the_model_was_not_trained_with(tmp_path):
+    partner = talking.partner()
+    note = {"name": None, "weights": partner.codec.fingerprint(), "frame_rate": 12.5}
+    partner.codec.save_pretrained(tmp_path / "codec")
+    for change, words in (({}, None), ({"weights": "0123"}, "trained with a codec of the weights 0123, not"),
+                          ({"frame_rate": 25}, "trained with 25 frames a second, its codec has 12.5"),
+                          ({"more": 1}, "should hold name, weights and frame_rate under codec_config")):
+        partner.model.generation = {"codec_config": note | change}
+        partner.model.save_pretrained(tmp_path)
+        if words is None:
+            Partner.open(str(tmp_path))
+            continue
+        with pytest.raises(InputError, match=words):
+            Partner.open(str(tmp_path))
 
 
 def test_as_many_places_as_a_step_is_fast_enough_for(model, monkeypatch):

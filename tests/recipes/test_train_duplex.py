@@ -26,6 +26,7 @@ from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
 from mm.recipes.data.duplex import batch_of
+from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
 from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss
@@ -147,6 +148,35 @@ def test_the_official_package_reads_what_was_trained(whole, tmp_path, monkeypatc
     made, wanted = model(codes), theirs(codes)
     torch.testing.assert_close(made.text, wanted.text_logits[:, 0], atol=1e-5, rtol=1e-5)
     torch.testing.assert_close(made.audio, wanted.logits, atol=1e-5, rtol=1e-5, equal_nan=True)
+
+
+def test_what_is_written_talks_with_the_codec_that_it_was_trained_with(data, whole, tmp_path):
+    """Sound files are encoded by it, and a codec of one's own is kept beside the model; weights at half their size."""
+    draw, model, lines = np.random.default_rng(0), codec.small(), []
+    model.save_pretrained(tmp_path / "mimi")
+    for i in range(3):
+        wave = 0.1 * draw.normal(size=(model.spec.frame * 30, 2))
+        soundfile.write(tmp_path / f"{i}.wav", wave, model.spec.rate, subtype="FLOAT")
+        (tmp_path / f"{i}.json").write_text('{"alignments": [["one", [0.1, 0.2], "SPEAKER_MAIN"]]}')
+        lines.append(json.dumps({"path": f"{i}.wav"}))
+    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
+    told = ("--data.path", str(tmp_path / "talks.jsonl"), "--data.codec", str(tmp_path / "mimi"))
+    out = train(data, tmp_path / "run", *told, "--trainer.max_steps", "2", "--export.dtype", "float16")
+    partner = Partner.open(str(out / "model"))
+    assert partner.model.tokenizer is not None and partner.model.head.weight.dtype == torch.float32
+    assert partner.codec.fingerprint() == Codes(tmp_path, str(tmp_path / "mimi"), 3, 2).opened().fingerprint()
+    parameters = sum(p.numel() for p in partner.model.parameters())
+    assert (out / "model" / "model.safetensors").stat().st_size < 2 * parameters + 8000
+    torch.manual_seed(1)
+    codec.small().save_pretrained(tmp_path / "other")
+    with pytest.raises(InputError, match="they do not belong together"):
+        Partner.open(str(out / "model"), str(tmp_path / "other"))
+    again = ("--model", str(out / "model"), "--trainer.max_steps", "1")
+    assert (train(data, tmp_path / "more", *told, *again) / "model" / "codec").is_dir()
+    with pytest.raises(InputError, match="encoded by a codec of other weights than .*run.model was trained with"):
+        train(data, tmp_path / "other_run", *told, *again, "--data.codec", str(tmp_path / "other"))
+    assert json.loads((whole / "model" / "config.json").read_text())["generation"] == {"codec_config": {
+        "name": None, "weights": "w", "frame_rate": 12.5}}
 
 
 @pytest.mark.full
