@@ -22,10 +22,12 @@ from mm.errors import InputError
 
 from ..search.arguments import positive
 from ..talk import protocol
+from ..talk.command import MODEL
 from ..talk.sound import OggOpus
 from .report import Case, report
 
 PACKAGES = ("torch", "aiohttp", "sphn")
+RANDOM = "random"
 RATE, FRAME, SECONDS = 24000, 1920, 0.08
 CUSHION = 0.16  # seconds that a client plays later than its first frame: as much as Kyutai's page does at most
 BEGINNING = 12  # frames of each speaker that do not count
@@ -34,21 +36,24 @@ ENOUGH = 0.99  # of the frames have to be on time
 
 def talk(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mm bench talk", description=__doc__)
-    parser.add_argument("--model", metavar="DIR", help="a duplex model with its codec (default: random weights in the "
-                                                       "shapes of the recipes duplex_small and codec_small)")
-    parser.add_argument("--codec", metavar="DIR", help="its Mimi, where none lies beside it")
-    parser.add_argument("--sound", type=Path, help="what the speakers say, over and over (default: bursts of noise)")
+    parser.add_argument("--model", default=MODEL, metavar="DIR", help="a duplex model with its codec, or `random`: "
+                        f"weights in the shapes of the recipes duplex_small and codec_small (default: {MODEL}, which "
+                        "ships with this package)")
+    parser.add_argument("--codec", metavar="DIR", help="another Mimi than its own")
+    parser.add_argument("--sounds", type=Path, metavar="PATH", help="what the speakers say, each something else and "
+                        "over and over: a sound file, a folder of them, or a .jsonl file of dialogues, whose right "
+                        "channels are taken (default: bursts of noise)")
     parser.add_argument("--seconds", type=positive, default=20, help="that each speaks (default: 20)")
     parser.add_argument("--most", type=positive, default=8, help="speakers at once that are tried (default: 8)")
     parser.add_argument("--threads", type=positive, default=1, help="of the server's model (default: 1)")
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
-    wave = spoken(args)
+    waves = spoken(args)
     with tempfile.TemporaryDirectory() as folder:
-        model = [args.model] if args.model else [random_model(Path(folder))]
+        model = [random_model(Path(folder)) if args.model == RANDOM else args.model]
         cases, held = [], 0
         for count in range(1, args.most + 1):
-            found, good = measure([*model, *(["--codec", args.codec] if args.codec else [])], count, wave, args)
+            found, good = measure([*model, *(["--codec", args.codec] if args.codec else [])], count, waves, args)
             cases += found
             if not good:
                 break
@@ -57,27 +62,46 @@ def talk(argv: list[str]) -> int:
     return report("talk", cases, packages=PACKAGES, json_file=args.json)
 
 
-def spoken(args: argparse.Namespace) -> np.ndarray:
-    """(n * FRAME,) float32, as many seconds as each speaker speaks. Raises InputError."""
+def spoken(args: argparse.Namespace) -> list[np.ndarray]:
+    """(n * FRAME,) float32 of each speaker, as many seconds as it speaks. Raises InputError."""
     total = round(args.seconds / SECONDS) * FRAME
-    if args.sound is None:
+    if args.sounds is None:
         noise = np.random.default_rng(0).normal(0, 0.1, total)
-        return (noise * (np.arange(total) % (3 * RATE) < 2 * RATE)).astype(np.float32)
+        return [(noise * (np.arange(total) % (3 * RATE) < 2 * RATE)).astype(np.float32)] * args.most
+    found, dialogues = listed(args.sounds)
+    return [np.resize(voice(found[i % len(found)], dialogues), total) for i in range(args.most)]
+
+
+def listed(path: Path) -> tuple[list[Path], bool]:
+    """Sound files, and whether they are dialogues. Raises InputError where there are none."""
+    from ..data.dialogues import read_manifest
+    from ..data.sounds import SUFFIXES
+
+    if path.suffix == ".jsonl":
+        return [entry.sound for entry in read_manifest(path) if entry.sound is not None], True
+    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    if not files:
+        raise InputError(f"{path} holds no sounds")
+    return files, False
+
+
+def voice(path: Path, dialogue: bool) -> np.ndarray:
+    """(L,) float32 of what a person says."""
     from ...codecs.sound import open_sound
 
-    wave = np.concatenate([block[0].numpy() for block in open_sound(args.sound).blocks(RATE, 1)])
-    return np.resize(wave, total)
+    channels = 2 if dialogue else 1
+    return np.concatenate([block[-1].numpy() for block in open_sound(path).blocks(RATE, channels)])
 
 
 def random_model(folder: Path) -> str:
     import torch
 
     from mm import DuplexLM
+    from mm.families.duplex import CODEC
     from mm.tokenizer import load_tokenizer
 
     from ...codecs.mimi import Mimi
     from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
-    from ..talk.partner import CODEC
     from ..train.duplex_settings import DuplexShape
     from ..train.fit_duplex import new_spec
     from ..weights import stories260k
@@ -118,10 +142,11 @@ class Speaker:
         return (found + [False] * (len(self.said) - self.lag - len(found)))[BEGINNING:]
 
 
-def measure(model: list[str], count: int, wave: np.ndarray, args: argparse.Namespace) -> tuple[list[Case], bool]:
+def measure(model: list[str], count: int, waves: list[np.ndarray], args: argparse.Namespace
+            ) -> tuple[list[Case], bool]:
     """The cases of so many speakers, and whether the server held them. Raises InputError when it does not start."""
     with server(model, count, args.threads) as (url, process):
-        speakers = asyncio.run(speak(url, count, wave))
+        speakers = asyncio.run(speak(url, waves[:count]))
         memory = peak(process.pid)
     wrong = next((one.error for one in speakers if one.error), "")
     if wrong:
@@ -161,13 +186,14 @@ def peak(pid: int) -> float:
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM:")), float("nan"))
 
 
-async def speak(url: str, count: int, wave: np.ndarray) -> list[Speaker]:
+async def speak(url: str, waves: list[np.ndarray]) -> list[Speaker]:
     """All speakers, who begin at different moments of a frame."""
+    apart = SECONDS / len(waves) + 3 * SECONDS
     async with aiohttp.ClientSession() as http:
         begin = time.monotonic() + 0.5
         return await asyncio.gather(*(
-            one(http, f"{url}api/chat?text_seed={i}&audio_seed={i}", wave, begin + i * (SECONDS / count + 3 * SECONDS))
-            for i in range(count)))
+            one(http, f"{url}api/chat?text_seed={i}&audio_seed={i}", wave, begin + i * apart)
+            for i, wave in enumerate(waves)))
 
 
 async def one(http: aiohttp.ClientSession, url: str, wave: np.ndarray, begin: float) -> Speaker:
