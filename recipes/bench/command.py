@@ -12,6 +12,8 @@ BENCHES = {
     "codec": ("mm.recipes.bench.codec:codec", "Mimi in streams and whole against moshi and transformers"),
     "duplex": ("mm.recipes.bench.duplex:duplex", "a step of a dialogue and of training against moshi, time and memory"),
     "talk": ("mm.recipes.bench.talk:talk", "how many people `mm talk` holds here: frames on time, latency, memory"),
+    "dialogue": ("mm.recipes.bench.dialogue:dialogue",
+                 "how a duplex model answers recorded people: right answers, delay, overlap, silence"),
     "codec-quality": ("mm.recipes.bench.codec_quality:codec_quality",
                       "what a codec does to speech it was not trained on, beside Opus at 6 kbit/s"),
     "whisper": ("mm.recipes.bench.whisper:whisper", "transcripts of clips against openai-whisper, and word error rate"),
