@@ -24,10 +24,14 @@ from mm.visibility import At, Seen
 class Scene:
     """What one attention layer is shown beside its input: where the tokens are, the rotation of this layer's rope, the
     shared position bias, and, when streaming, this layer's cache with the slots to write and, for a few tokens, what
-    they see there. `routes` gets the route of this layer's mixture of experts, where somebody asked for it."""
+    they see there. `sight` is how far it sees where that is not what its spec says, `early` the rotation of queries as
+    they meet the first positions, if these stay in sight. `routes` gets the route of this layer's mixture of experts,
+    where somebody asked for it."""
 
     at: At
+    sight: spec.Sight | None = None
     turn: Turn | None = None
+    early: Turn | None = None
     bias: Bias | None = None
     cache: KVCache | None = None
     write: Write | None = None
@@ -75,11 +79,14 @@ class Heads(nn.Module):
 
     def look(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene, k_at: At) -> Tensor:
         """Heads -> heads (B, H, T, F)."""
-        s = self.settings
+        s, sight = self.settings, scene.sight or self.settings.sight
         turn = rotary.turn(scene.at.turns, s.rope, s.head_dim, self.mixed) if self.mixed is not None else scene.turn
         q_turn = k_turn = turn
         late_norm = s.qk_norm is not None and s.qk_norm.after_rope
-        if turn is not None and (scene.cache is not None or self.extra_k is not None or late_norm):
+        if scene.early is not None:
+            q, k = twofold(q, k, scene, sight.first)
+            q_turn = k_turn = None
+        elif turn is not None and (scene.cache is not None or self.extra_k is not None or late_norm):
             k, k_turn = rotary.apply(k, turn), None
         if late_norm:
             q, q_turn = (q if turn is None else rotary.apply(q, turn)), None
@@ -91,8 +98,9 @@ class Heads(nn.Module):
         if self.extra_k is not None:
             k, v, k_at = self.with_extra(k, v, k_at)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
-        return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=s.sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
-                      sinks=self.sinks, softcap=s.softcap, scale=s.scale, dropout=s.dropout if self.training else 0.0,
+        return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
+                      sinks=self.sinks, softcap=s.softcap, scale=s.head_dim**-0.5 if s.scale is None else s.scale,
+                      dropout=s.dropout if self.training else 0.0,
                       seen=None if self.extra_k is not None else scene.seen)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
@@ -181,6 +189,15 @@ class DifferentialAttention(Heads):
         first, second = heads[:, :, 0].flatten(1, 2), heads[:, :, 1].flatten(1, 2)
         heads = self.pair_norm(first - self.weight().to(x.dtype) * second) * (1 - self.differential.lambda_init)
         return self.out(self.gated(heads, x))
+
+
+def twofold(q: Tensor, k: Tensor, scene: Scene, first: int) -> tuple[Tensor, Tensor]:
+    """Heads (B, H, T, E) -> (B, H, T, 2 E): one half meets the `first` keys, turned as if a query lay no further from
+    them than its window reaches, the other half all later keys. What meets nothing is 0."""
+    early = (scene.at.position < first)[:, None, :, None]
+    q = torch.cat([rotary.apply(q, scene.early), rotary.apply(q, scene.turn)], -1)
+    k = rotary.apply(k, scene.turn)
+    return q, torch.cat([torch.where(early, k, 0), torch.where(early, 0, k)], -1)
 
 
 def warmth(position: Tensor, settings: spec.Temperature) -> Tensor:

@@ -138,15 +138,17 @@ class DuplexLM(Pretrained):
     def init_state(self, batch: int, *, conditions: Mapping[str, Value] | None = None, text: Sampling = GREEDY,
                    audio: Sampling = GREEDY, guidance: Guidance | None = None, length: int | None = None,
                    chunk: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
-                   cache: Literal["full", "int8"] = "full") -> DuplexState:
+                   cache: Literal["full", "int8"] = "full", sinks: int = 0) -> DuplexState:
         """`batch` sessions that have not begun. conditions: values by name, one a session. text, audio: how tokens are
         chosen (`mm.dialogue.TEXT` and `AUDIO` are the official settings). length: frames that a session remembers where
-        a layer has no window (default: the context); chunk: the most frames that a prompt is read in at once."""
+        a layer has no window (default: the context); chunk: the most frames that a prompt is read in at once; sinks:
+        the first so many frames stay in sight, in place of a window's oldest (`Sight.first`). Raises InputError."""
         rows, s = batch * (1 if guidance is None else 2), self.spec
         device = torch.device(device or self.text.weight.device)
         windows = [spec.attention(layer).sight.left for layer in s.stack.layers]
         most = None if None not in windows else max(length or s.context, *(chunk + (left or 0) for left in windows))
-        stack = self.stack.init_state(rows, length=most, chunk=chunk, dtype=dtype, device=device, cache=cache)
+        stack = self.stack.init_state(rows, length=most, chunk=chunk, dtype=dtype, device=device, cache=cache,
+                                      first=sinks)
         tokens = torch.zeros(rows, 1 + s.codebooks, s.lag + 3, dtype=torch.long, device=device)
         state = DuplexState(torch.zeros(rows, dtype=torch.long, device=device), tokens, stack, None, None,
                             controls([text] * rows, device), controls([audio] * rows, device), s.delays, guidance,

@@ -98,20 +98,29 @@ register(Write, meta=("within",))
 class Slots:
     """table (B, S + 1, 3): position (-1: empty), document and prefix flag of every slot; shared by caches of one size.
 
-    Slot = position mod S, so a cache of full length is static and a shorter one a ring. The last slot takes the
-    writes of tokens that do not exist (padding, paused rows) and stays empty.
+    Slot = position mod S, so a cache of full length is static and a shorter one a ring. The `first` positions keep
+    their slots, and the ring is what is left. The last slot takes the writes of tokens that do not exist (padding,
+    paused rows) and stays empty.
     """
 
     table: Tensor
+    first: int = 0
 
     @property
     def size(self) -> int:
         return self.table.shape[1] - 1
 
+    def of(self, position: Tensor) -> Tensor:
+        """The slots of positions."""
+        if not self.first:
+            return position % self.size
+        ring = self.first + (position - self.first) % (self.size - self.first)
+        return torch.where(position < self.first, position, ring)
+
     def write(self, at: At, within: int | None = None) -> Write:
         """within: a bound of all positions, those held and those of `at`."""
         position = at.position.expand(len(self.table), -1)
-        index = torch.where(position >= 0, position % self.size, self.size)
+        index = torch.where(position >= 0, self.of(position), self.size)
         document = torch.zeros_like(position) if at.document is None else at.document.expand_as(position)
         prefix = torch.zeros_like(position) if at.prefix is None else at.prefix.expand_as(position).to(position.dtype)
         entry = torch.stack([position.clamp(min=EMPTY), document, prefix], -1)
@@ -124,7 +133,7 @@ class Slots:
         return At(position, document if documents else None, prefix.bool() if prefixes else None)
 
 
-register(Slots)
+register(Slots, meta=("first",))
 
 
 @dataclass
@@ -187,13 +196,15 @@ register(Int8Cache)
 
 @dataclass
 class StackState(State):
-    """offset (B,): the position of each row's next token; one `Slots` per distinct cache size, one cache per layer."""
+    """offset (B,): the position of each row's next token; one `Slots` per distinct cache size, one cache per layer.
+    first: so many tokens stay in sight, in every layer (`Sight.first`)."""
 
     offset: Tensor
     slots: list[Slots]
     caches: list[KVCache | Int8Cache]
     fingerprint: str
     chunk: int | None
+    first: int = 0
 
     def advance(self, at: At | None, length: int, rows: Tensor | None) -> At:
         """Where the next `length` tokens of each row are; rows (B,) bool that do not advance get no positions."""
@@ -228,7 +239,7 @@ class StackState(State):
             position.masked_fill_(position >= length[:, None], EMPTY)
 
 
-register(StackState, meta=("fingerprint", "chunk"))
+register(StackState, meta=("fingerprint", "chunk", "first"))
 
 
 def check_state(state: Any, fingerprint: str, batch: int, rows: Tensor | None) -> None:

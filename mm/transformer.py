@@ -35,6 +35,7 @@ class Transformer(nn.Module):
         self.final_norm = build_norm(stack.final_norm, stack.dim)
         self.bias = build_bias(stack.relative, attention(stack.layers[0]).heads) if stack.layers else None
         self.checkpointed: frozenset[int] = frozenset()
+        self.known_sights = {0: [attention(layer).sight for layer in stack.layers]}
         self.ropes = list(dict.fromkeys(filter(None, map(shared_rope, stack.layers))))
         self.rope_of = [self.ropes.index(rope) if (rope := shared_rope(layer)) else None for layer in stack.layers]
         self.reset_parameters()
@@ -131,19 +132,33 @@ class Transformer(nn.Module):
         """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size,
         and once per distinct sight what one tile of queries sees."""
         turns = [rotary.turn(at.turns, rope, width) for rope, width in self.ropes]
-        turn_of = [None if i is None else turns[i] for i in self.rope_of]
-        if state is None:
-            return [Scene(at, turn, self.bias) for turn in turn_of]
-        writes = {slots.size: slots.write(at, within) for slots in state.slots}
+        sights = self.sights(0 if state is None else state.first)
+        early = {(i, sight.left): rotary.turn(at.position.clamp(max=sight.left), *self.ropes[i])
+                 for i, sight in zip(self.rope_of, sights, strict=True) if sight.first and i is not None}
+        writes = {(slots.size, slots.first): slots.write(at, within) for slots in (state.slots if state else ())}
         one_tile = not torch.compiler.is_exporting() and at.position.shape[1] <= ROWS
         seen: dict[tuple[int, spec.Sight], Seen] = {}
         scenes = []
-        for layer, turn, cache in zip(self.stack.layers, turn_of, state.caches, strict=True):
-            size, sight = cache.k.shape[2] - 1, attention(layer).sight
+        for k, (i, sight) in enumerate(zip(self.rope_of, sights, strict=True)):
+            turned = (None, None) if i is None else (turns[i], early.get((i, sight.left)))
+            if state is None:
+                scenes.append(Scene(at, sight, *turned, self.bias))
+                continue
+            cache = state.caches[k]
+            size = cache.k.shape[2] - 1
+            write = writes[size, sight.first]
             if one_tile and (size, sight) not in seen:
-                seen[size, sight] = Seen.of(visible(at, cache.sees(writes[size]), sight), at.whole)
-            scenes.append(Scene(at, turn, self.bias, cache, writes[size], seen.get((size, sight))))
+                seen[size, sight] = Seen.of(visible(at, cache.sees(write), sight), at.whole)
+            scenes.append(Scene(at, sight, *turned, self.bias, cache, write, seen.get((size, sight))))
         return scenes
+
+    def sights(self, first: int) -> list[spec.Sight]:
+        """How far each layer sees where at least so many positions stay in sight. Raises InputError where one has no
+        window, or an attention that they do not go with."""
+        if first not in self.known_sights:
+            stack = replace(self.stack, layers=tuple(keeping(layer, first) for layer in self.stack.layers))
+            self.known_sights[first] = [attention(layer).sight for layer in stack.layers]
+        return self.known_sights[first]
 
     def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None,
                   memory: Tensor | Memory | None, memory_at: At | None, within: int | None) -> Tensor:
@@ -155,23 +170,28 @@ class Transformer(nn.Module):
         return torch.cat(out, 1)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1, dtype: torch.dtype | None = None,
-                   device: torch.device | str | None = None, cache: Literal["full", "int8"] = "full") -> StackState:
+                   device: torch.device | str | None = None, cache: Literal["full", "int8"] = "full",
+                   first: int = 0) -> StackState:
         """An empty stream of `batch` rows. A layer with a window keeps `left + chunk` slots, one without `length`;
         past `length` it forgets its oldest tokens. Inputs longer than `chunk` are split where a window needs it.
-        cache: keys and values as they are, or in 8 bits with a scale per token and head."""
+        cache: keys and values as they are, or in 8 bits with a scale per token and head. first: so many tokens at the
+        beginning stay in sight (`Sight.first`), in layers that all have windows. Raises InputError."""
         here = next(self.parameters())
         dtype, device = dtype or here.dtype, device or here.device
-        sizes = [cache_size(attention(layer).sight, length, chunk) for layer in self.stack.layers]
-        slots = [Slots(torch.full((batch, size + 1, 3), EMPTY, dtype=torch.long, device=device))
-                 for size in dict.fromkeys(sizes)]
+        sights = self.sights(first)
+        sizes = [cache_size(sight, length, chunk) for sight in sights]
+        kinds = zip(sizes, (sight.first for sight in sights), strict=True)
+        slots = [Slots(torch.full((batch, size + 1, 3), EMPTY, dtype=torch.long, device=device), kept)
+                 for size, kept in dict.fromkeys(kinds)]
         caches = []
-        for block, size in zip(self.blocks, sizes, strict=True):
-            heads, *widths = block.mixer.cached
+        for block, size, sight, rope in zip(self.blocks, sizes, sights, self.rope_of, strict=True):
+            heads, width, value_width = block.mixer.cached
+            widths = (2 * width if sight.first and rope is not None else width, value_width)
             k, v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
             caches.append(KVCache(k, v) if cache == "full" else Int8Cache.like(k, v))
         ring = any(size != length for size in sizes)
         offset = torch.zeros(batch, dtype=torch.long, device=device)
-        return StackState(offset, slots, caches, self.fingerprint, chunk if ring else None)
+        return StackState(offset, slots, caches, self.fingerprint, chunk if ring else None, first)
 
     def check(self, x: Tensor, at: At | None, memory: Tensor | Memory | None) -> None:
         if x.ndim != 3 or x.shape[-1] != self.stack.dim or not x.shape[1]:
@@ -190,6 +210,15 @@ class Transformer(nn.Module):
                 raise InputError(f"cross-attention needs memory ({len(x)}, S, {width}), not {shape}")
 
 
+def keeping(layer: spec.Layer, first: int) -> spec.Layer:
+    """The same layer with at least so many positions that stay in sight."""
+    heads = attention(layer)
+    if heads.sight.first >= first:
+        return layer
+    kept = replace(heads, sight=replace(heads.sight, first=first))
+    return replace(layer, mixer=kept if heads is layer.mixer else replace(layer.mixer, base=kept))
+
+
 def shared_rope(layer: spec.Layer) -> tuple[spec.Rope, int] | None:
     """(rope, head width) whose rotations all layers can share; learned frequencies belong to their layer."""
     heads = attention(layer)
@@ -206,4 +235,6 @@ def cache_size(sight: spec.Sight, length: int | None, chunk: int) -> int:
     reach = min(r for r in (sight.left, sight.chunk and sight.chunk - 1, float("inf")) if r is not None)
     if reach == float("inf") and length is None:
         raise InputError("a layer without a window needs init_state(length=...), the longest stream in tokens")
+    if length is not None and length <= sight.first:
+        raise InputError(f"a stream of length {length} is too short for {sight.first} positions that stay in sight")
     return int(min(reach + chunk, length or float("inf")))

@@ -77,7 +77,7 @@ def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
     """(B, T, S) bool: whether query token t sees key token s.
 
     A key is seen when it exists, lies in the same document and within the sight; a prefix key ignores the sight's
-    right edge; a key at `ANYWHERE` is seen by all.
+    right edge; a key at `ANYWHERE` is seen by all. The first positions that stay in sight take the place of as many.
     """
     q, k = q_at.position.unsqueeze(-1), k_at.position.unsqueeze(-2)
     seen = k >= 0
@@ -85,7 +85,8 @@ def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
         near = k <= q + sight.right
         seen = seen & (near if k_at.prefix is None else near | k_at.prefix.unsqueeze(-2))
     if sight.left is not None:
-        seen = seen & (k >= q - sight.left)
+        near = k >= q - sight.left + sight.first
+        seen = seen & (near | (k < sight.first) if sight.first else near)
     if sight.chunk is not None:
         seen = seen & (k // sight.chunk == q // sight.chunk)
     if q_at.document is not None and k_at.document is not None:

@@ -70,6 +70,8 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None
             return f"the kernel takes heads of 16, 24, ... 256 channels, and {name} have {x.shape[-1]}"
         if x.stride(-1) != 1:
             return f"the kernel needs adjacent channels, and those of {name} are {x.stride(-1)} apart"
+    if problem.sight.first:
+        return "the kernel has no first positions that stay in sight"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to compute"
     if problem.bias is not None and not hasattr(problem.bias, "by_offset"):

@@ -38,7 +38,7 @@ def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, 
     if not problem.aligned:
         return 0, keys
     start, stop = 0, keys
-    if sight.left is not None:
+    if sight.left is not None and not sight.first:
         start = max(start, rows[0] - sight.left)
     if sight.right is not None and problem.k_at.prefix is None:
         stop = min(stop, rows[1] + sight.right)

@@ -6,7 +6,7 @@ from typing import Literal
 
 from mm.schema import require, require_rates, spec
 from mm.spec.norms import Norm, RMSNorm
-from mm.spec.positions import CAUSAL, EVERYWHERE, Mixed, Rope, Sight
+from mm.spec.positions import CAUSAL, EVERYWHERE, DynamicNTK, LongRope, Mixed, Rope, Sight
 
 
 @spec
@@ -66,6 +66,12 @@ class Attention:
             self.rope.check(self.head_dim)
             mixed = isinstance(self.rope.axes, Mixed)
             require(not mixed or self.heads == self.kv_heads, "learned mixed axes need a key head per query head")
+        if self.sight.first:
+            by_length = self.rope is not None and isinstance(self.rope.scaling, DynamicNTK | LongRope)
+            late = self.qk_norm is not None and self.qk_norm.after_rope
+            require(not (by_length or late or self.extra_key or (self.rope is not None and self.rope.axes)),
+                    "positions that stay in sight go with a rope of one axis that does not depend on the length, a "
+                    "qk_norm before it, and no extra key")
 
 
 @spec
@@ -92,6 +98,7 @@ class Latent:
         require(min(sizes) > 0, "Latent needs positive sizes")
         require_rates(self, "dropout")
         require(not isinstance(self.rope.axes, Mixed), "latent attention has no learned mixed axes")
+        require(self.sight.first == 0, "latent attention has no positions that stay in sight")
         self.rope.check(self.rope_dim)
 
     @property

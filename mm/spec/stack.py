@@ -62,6 +62,8 @@ class Stack:
         require(self.relative is None or len(heads) == 1, "layers that share a position bias need equal heads")
         extra = any(attention(layer).extra_key for layer in self.layers)
         require(self.relative is None or not extra, "an extra key has no position for a position bias")
+        first = any(attention(layer).sight.first for layer in self.layers)
+        require(self.relative is None or not first, "positions that stay in sight have no distance for a position bias")
 
 
 def attention(layer: Layer) -> Attention | Latent:

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from support import attention, carry, close, redraw
+from support import attention, carry, close, model, redraw, stack
 from timm.layers import RotaryEmbeddingCat
 from timm.layers.diff_attention import DiffAttention
 from timm.models.eva import EvaBlock
@@ -74,6 +74,23 @@ def test_a_gate_multiplies_the_heads(gate, differential):
     gated(x)
     factor = torch.sigmoid(x @ weight.T).unflatten(-1, (4, -1))
     close(heads[0], (heads[1].unflatten(-1, (4, -1)) * factor).flatten(-2))
+
+
+@pytest.mark.parametrize("layout", ["half", "interleaved"])
+def test_first_positions_that_stay_are_streaming_llms(layout):
+    """A late token sees what a model without a window would see that was given the first tokens and the last ones,
+    counted from 0 (Xiao et al., 2023, section 3.2: positions within the cache)."""
+    first, left = 2, 6
+    windowed = stack(attention(sight=Sight(left=left, right=0, first=first), rope=Rope(theta=50, layout=layout)))
+    free = stack(attention(sight=CAUSAL, rope=Rope(theta=50, layout=layout)))
+    ours, theirs = model(windowed, torch.float64), model(free, torch.float64)
+    theirs.load_state_dict(ours.state_dict())
+    x = torch.randn(1, 30, 32, dtype=torch.float64)
+    made = ours(x)
+    for at in range(30):
+        kept = list(range(at + 1)) if at <= left else [*range(first), *range(at - left + first, at + 1)]
+        assert len(kept) == min(at, left) + 1
+        close(made[:, at], theirs(x[:, kept])[:, -1])
 
 
 def test_an_extra_key_is_torchs_add_bias_kv():

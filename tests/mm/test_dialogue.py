@@ -1,5 +1,8 @@
 """Sessions: streaming equals the training forward and the official package, rows on their own, guidance, prompts."""
 
+import resource
+from dataclasses import replace
+
 import duplex
 import pytest
 import torch
@@ -165,6 +168,60 @@ def test_long_sessions_do_not_grow():
     made = run(model, state, heard)
     assert {name: x.shape for name, x in tensors(state)} == before and state.offset == 60
     assert (made[:, model.spec.lag:] >= 0).all() and made[0, 30:].unique(dim=0).shape[0] > 3
+
+
+def after(model, frames):
+    """The step in which sessions hear their first frame as if so many were over."""
+    state = model.init_state(2)
+    state.stack.offset.fill_(frames)
+    return state
+
+
+def test_an_hour_later_it_is_the_same_model():
+    """Positions count on and only distances matter; those of 32 bits are long past what an hour counts."""
+    model, seen = small(), []
+    hooks = Hooks(text_logits=lambda logits: seen.append(logits) or logits)
+    heard = torch.randint(model.spec.card, (2, model.spec.heard, 30))
+    made = [run(model, after(model, start), heard, hooks=hooks) for start in (0, 45_000)]
+    assert torch.equal(*made)
+    torch.testing.assert_close(*(torch.stack(part) for part in (seen[:30], seen[30:])), atol=2e-2, rtol=0)
+
+
+@pytest.mark.full
+@pytest.mark.parametrize("sinks", [0, 2])
+def test_an_hour_takes_no_more_memory_than_a_minute(sinks):
+    """45,000 steps of 80 ms, of two sessions that sample."""
+    model = small()
+    state = model.init_state(2, text=TEXT, audio=AUDIO, sinks=sinks)
+    before = {name: x.shape for name, x in tensors(state)}
+    heard = torch.randint(model.spec.card, (2, model.spec.heard, 1000))
+    for part in range(45):
+        tokens = run(model, state, heard)
+        assert (tokens[:, model.spec.lag if part == 0 else 0:] >= 0).all()
+        if part == 0:
+            held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert {name: x.shape for name, x in tensors(state)} == before and (state.offset == 45_000).all()
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held < 20_000  # KiB
+    assert tokens.unique(dim=1).shape[1] > 500
+
+
+def test_a_session_may_keep_its_first_frames_in_sight():
+    """Past the context it is the model whose window has places for them, and no longer the one without."""
+    model = small()
+    layers = [replace(one, mixer=replace(one.mixer, sight=replace(one.mixer.sight, first=2)))
+              for one in model.spec.stack.layers]
+    other = small(stack=replace(model.spec.stack, layers=tuple(layers)))
+    other.load_state_dict(model.state_dict())
+    codes, own, seen = random_codes(model, 2, 40), 1 + model.spec.own, []
+    hooks = Hooks(text_logits=lambda logits: seen.append(logits) or logits)
+    state, targets = model.init_state(2, sinks=2), model.frames(codes).targets
+    for t in range(40):
+        model.step(codes[:, own:, max(t - 1, 0)], state, given=targets[:, :own, t], hooks=hooks)
+    made = torch.stack(seen, 1)
+    torch.testing.assert_close(made, other(codes).text, atol=1e-5, rtol=0)
+    assert (made - model(codes).text)[:, 8:].abs().max() > 0.01
+    with pytest.raises(InputError, match="need a causal window"):
+        model.init_state(1, sinks=6)
 
 
 @pytest.mark.parametrize("guidance", [None, Guidance(scale=2.0, hides="text")])

@@ -84,6 +84,7 @@ def on_a_gpu(monkeypatch):
     ("kernel", 2048, 2048, {"sinks": torch.zeros(4)}),
     ("kernel", 2048, 2048, {"bias": BucketBias(Buckets(), 4)}),
     ("tiled", 2048, 2048, {"bias": lambda q_at, k_at: 0}),
+    ("tiled", 2048, 2048, {"sight": Sight(left=1023, right=0, first=4)}),
     ("kernel", 197, 197, {"q_turn": True}),
     ("sdpa", 2048, 2048, {"q_turn": True}),
     ("kernel", 1, 4096, {"sight": CAUSAL}),

@@ -145,6 +145,7 @@ MIXED = spec.Rope(axes=spec.Mixed())
     (lambda: spec.Sight(left=-1), "left must not be negative"),
     (lambda: spec.Sight(right=-1), "right must not be negative"),
     (lambda: spec.Sight(chunk=0), "chunk must be positive"),
+    (lambda: spec.Sight(left=4, right=0, chunk=8, first=2), "need a causal window"),
     (lambda: spec.Mlp(hidden=8, act="swish"), "'swish' is not a valid Mlp.act"),
     (lambda: spec.Attention(heads=0, kv_heads=1, head_dim=8), "positive"),
     (lambda: spec.Attention(heads=4, kv_heads=3, head_dim=8), "cannot share"),

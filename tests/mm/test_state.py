@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,6 +16,7 @@ from torch.utils import _pytree as pytree
 from mm import schema, spec
 from mm.errors import InputError
 from mm.spec import CAUSAL, Rope, Sight
+from mm.transformer import Transformer
 from mm.tree import tensors
 from mm.visibility import At, along, padded
 
@@ -27,6 +29,10 @@ LATENT = spec.Latent(heads=4, q_rank=12, kv_rank=16, nope_dim=6, rope_dim=4, val
 LATE_NORM = attention(sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True))
 STACKS = {
     "rings": stack(*RINGS),
+    "first": stack(attention(sight=Sight(left=6, right=0, first=2), rope=Rope()),
+                   attention(sight=Sight(left=6, right=0)),
+                   attention(sight=Sight(left=4, right=0, first=4), rope=Rope(dim=4, layout="interleaved"), sinks=True,
+                             scale=0.5)),
     "static": stack(attention(sight=CAUSAL, softcap=3.0), relative=spec.Alibi()),
     "both": stack(*MIX),
     "buckets": stack(attention(sight=Sight(left=6, right=0)), attention(sight=CAUSAL), relative=spec.Buckets()),
@@ -115,6 +121,28 @@ def test_far_past_every_window(chunk):
     net, x = model(STACKS["rings"]), torch.randn(2, 50, 32)
     state, whole = net.init_state(2, chunk=chunk), net(x)
     close(torch.cat([net(part, state=state) for part in x.split(7, 1)], 1), whole)
+
+
+@pytest.mark.parametrize("cache", ["full", "int8"])
+@pytest.mark.parametrize("chunk", [1, 4])
+@torch.no_grad()
+def test_a_stream_may_keep_its_first_tokens_in_sight(chunk, cache):
+    """As a model does whose spec says so; the windows of layers are of two sizes."""
+    def windows(first):
+        layers = [attention(heads=2, sight=Sight(left=left, right=0, first=first), rope=Rope()) for left in (9, 5)]
+        return stack(layers[0], spec.Differential(base=layers[1], lambda_init=0.4))
+    net, other = model(windows(0)), Transformer(windows(3))
+    other.load_state_dict(net.state_dict())
+    x = torch.randn(2, 40, 32)
+    state = net.init_state(2, chunk=chunk, first=3, cache=cache)
+    sizes = [slots.size for slots in state.slots]
+    made = torch.cat([net(part, state=state) for part in x.split(3, 1)], 1)
+    close(made, other(x), 1e-5 if cache == "full" else 0.1)
+    plain = net(x)
+    assert (made - plain)[:, :6].abs().max() < 0.1 < (made - plain)[:, 10:].abs().amax(-1).min()
+    assert sizes == [slots.size for slots in state.slots] == [9 + chunk, 5 + chunk]
+    state.reset()
+    assert torch.equal(torch.cat([net(part, state=state) for part in x.split(3, 1)], 1), made)
 
 
 @torch.no_grad()
@@ -359,3 +387,19 @@ def test_foreign_states_rows_and_lengths_are_refused():
 def test_what_cannot_stream_says_so(sight, words):
     with pytest.raises(InputError, match=words):
         model(stack(attention(sight=sight))).init_state(1)
+
+
+WINDOW = Sight(left=4, right=0)
+
+
+@pytest.mark.parametrize("settings, more, words", [
+    (stack(attention(sight=CAUSAL)), {"length": 9}, "2 positions that stay in sight need a causal window"),
+    (stack(attention(sight=Sight(left=1, right=0))), {}, "need a causal window that is longer"),
+    (stack(attention(sight=WINDOW)), {"length": 2}, "a stream of length 2 is too short"),
+    (stack(attention(sight=WINDOW, extra_key=True)), {}, "and no extra key"),
+    (stack(attention(sight=WINDOW), relative=spec.Alibi()), {}, "no distance for a position bias"),
+    (stack(replace(LATENT, sight=WINDOW)), {}, "latent attention has no positions that stay"),
+    (stack(attention(sight=WINDOW, rope=Rope(scaling=spec.DynamicNTK(factor=2, original=8)))), {}, "a rope of one")])
+def test_what_cannot_keep_its_first_tokens_says_so(settings, more, words):
+    with pytest.raises(InputError, match=words):
+        model(settings).init_state(1, first=2, **more)

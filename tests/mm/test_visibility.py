@@ -12,7 +12,8 @@ from mm.spec import CAUSAL, EVERYWHERE, Rope, Sight
 from mm.visibility import ANYWHERE, EMPTY, At, all_visible, along, packed, padded, visible
 
 limits = st.none() | st.integers(0, 5)
-sights = st.builds(Sight, left=limits, right=limits, chunk=st.none() | st.integers(1, 5))
+sights = st.builds(Sight, left=limits, right=limits, chunk=st.none() | st.integers(1, 5)) | st.builds(
+    lambda left, first: Sight(left=left, right=0, first=min(left, first)), st.integers(1, 5), st.integers(1, 5))
 
 
 def by_hand(q, k, sight):
@@ -22,7 +23,7 @@ def by_hand(q, k, sight):
         return True
     if key < 0 or (document is not None and document != home):
         return False
-    if sight.left is not None and key < at - sight.left:
+    if sight.left is not None and key < at - sight.left + sight.first and key >= sight.first:
         return False
     if sight.right is not None and key > at + sight.right and not prefix:
         return False
