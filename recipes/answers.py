@@ -191,5 +191,5 @@ def percent(part: float, whole: float) -> float:
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The nearest rank: infinite values stay apart from the others."""
-    return float(np.quantile(values, q, method="inverted_cdf"))
+    """The nearest rank: infinite values stay apart from the others. Infinite of nothing."""
+    return float(np.quantile(values, q, method="inverted_cdf")) if values else math.inf

@@ -97,11 +97,11 @@ def random_model(folder: Path) -> str:
     import torch
 
     from mm import DuplexLM
-    from mm.families.duplex import CODEC
     from mm.tokenizer import load_tokenizer
 
     from ...codecs.mimi import Mimi
     from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
+    from ..talk.codec_of import CODEC
     from ..train.duplex_settings import DuplexShape
     from ..train.fit_duplex import new_spec
     from ..weights import stories260k

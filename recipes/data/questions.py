@@ -30,16 +30,17 @@ class Turn:
 
 
 def read_turns(path: Path) -> list[Turn]:
-    """The list `turns` of a file of alignments, in order. Raises InputError that names the file and the entry."""
+    """The list `turns` of a file of alignments, in order; a dialogue may have none. Raises InputError that names the
+    file and the entry."""
     listed = read_json(path).get("turns")
-    if not isinstance(listed, list) or not listed:
+    if not isinstance(listed, list):
         raise InputError(f"{path} has no list turns: it does not say what was asked")
     asked = [to_asked(path, number, entry) for number, entry in enumerate(listed)]
     begins = [start for _, _, (start, _), _ in asked]
     if begins != sorted(begins):
         raise InputError(f"{path}: turns are out of order")
     words, turns = read_words(path), []
-    for (kind, expect, (start, end), interrupted), until in zip(asked, [*begins[1:], math.inf], strict=True):
+    for (kind, expect, (start, end), interrupted), until in zip(asked, [*begins, math.inf][1:], strict=True):
         said = [word.end for word in words if end <= word.start < until]
         turns.append(Turn(kind, expect, start, end, until, max(said, default=end), interrupted))
     return turns

@@ -67,6 +67,12 @@ def test_a_bad_dialogue():
     assert told["false starts a minute"] == pytest.approx(2 * 60 / 5)
 
 
+def test_where_nothing_is_asked_silence_is_due():
+    told = figures([dialogue((1.0, 4.0), turns=(), length=6.0)])
+    assert told["silence kept"] == pytest.approx(50, abs=1) and told["false starts a minute"] == pytest.approx(10)
+    assert told["right"] == 0 and told["delay, median"] == math.inf
+
+
 def test_an_answer_may_begin_a_little_early_and_not_long_before():
     early, babble = dialogue((1.8, 2.5)).answers[0], dialogue((0.1, 4.0)).answers[0]
     assert early.delay == pytest.approx(-0.2, abs=0.021) and len(early.clip) == pytest.approx(0.7 * 16000, abs=700)

@@ -21,11 +21,13 @@ def test_turns(tmp_path):
     assert (first.kind, first.expect, first.start, first.end, first.until, first.answered) == (
         "greeting", "hello", 0.2, 0.5, 3.0, 1.2)
     assert (second.until, second.answered, second.interrupted) == (5.0, 5.2, True)
+    (tmp_path / "quiet.json").write_text('{"alignments": [], "turns": []}')
+    assert read_turns(tmp_path / "quiet.json") == []
     assert third.until == math.inf and third.answered == 6.0 and not third.interrupted  # no answer was recorded
 
 
 @pytest.mark.parametrize(("turns", "words"), [
-    (None, "has no list turns"), ([], "has no list turns"), (TURNS[::-1], "out of order"),
+    (None, "has no list turns"), ({}, "has no list turns"), (TURNS[::-1], "out of order"),
     ([TURNS[0] | {"kind": "song"}], "of the kind 'song', expected sum or word or greeting"),
     ([TURNS[0] | {"asked": [2.0, 1.0]}], "turn 0 is asked from 2.0 to 1.0 s"),
     ([TURNS[0] | {"asked": [2.0, math.nan]}], "turn 0 is asked"), ([TURNS[0], 3], "turn 1 should hold kind"),
