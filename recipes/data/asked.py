@@ -37,7 +37,8 @@ READ = WORD[2]  # as the talkers of the Modified Rhyme Test say it
 
 # How else a listener may spell what sounds the same
 SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "lain": "lane", "peek": "peak",
-           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus", "son": "sun"}
+           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus", "son": "sun",
+           "beech": "beach"}
 
 
 @dataclass(frozen=True)
