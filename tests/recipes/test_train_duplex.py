@@ -296,6 +296,20 @@ def test_a_model_that_is_told_conditions_trains(data, whole, tmp_path):
     assert (before != after).any(1).tolist() == [False, True, False, False]  # good, bad, a word to come, none
 
 
+@pytest.mark.full
+@pytest.mark.parametrize("spread", ["true", "false"])
+def test_two_processes_tell_conditions_as_one_does(data, whole, tmp_path, spread):
+    model = DuplexLM.from_pretrained(whole / "model")
+    DuplexLM(replace(model.spec, conditioning=spec.Conditioning(conditions=(MOOD,)))).save_pretrained(tmp_path / "told")
+    path = told(data, tmp_path, *[{"conditions": {"mood": MOOD.of.values[i % 2]}} if i % 3 else {} for i in range(40)])
+    argv = ["--model", str(tmp_path / "told"), "--data.path", str(path), "--trainer.max_steps", "12"]
+    train(data, tmp_path / "one", *argv)
+    argv = options(data, tmp_path / "two", *argv, "--trainer.devices", "2", "--shard", spread)
+    subprocess.run([sys.executable, "-m", "mm.recipes.cli", "train", "duplex", *argv], check=True, capture_output=True)
+    one, two = ([float(row["loss"]) for row in rows(tmp_path / name / "train.csv")] for name in ("one", "two"))
+    assert two == pytest.approx(one, rel=1e-4)
+
+
 @pytest.mark.parametrize(("line", "words"), [
     ({"conditions": {"tone": "good"}}, r"told.jsonl:1: the model has no condition 'tone', only mood"),
     ({"conditions": {"mood": "sad"}}, "told.jsonl:1: mood should be one of good, bad, not 'sad'"),
