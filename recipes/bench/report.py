@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import statistics
@@ -81,12 +82,18 @@ def report(bench: str, cases: Sequence[Case], *, packages: Sequence[str], json_f
     about = {"bench": bench, "machine": machine(), "versions": versions(packages), "threads": threads()}
     Console().print(as_table(bench, cases), f"{about['machine']}, {about['threads']} threads", sep="\n")
     if json_file:
-        text = json.dumps({**about, "cases": [asdict(case) for case in cases]}, indent=2)
+        text = json.dumps({**about, "cases": [written(case) for case in cases]}, indent=2, allow_nan=False)
         try:
             Path(json_file).write_text(text + "\n", "utf-8")
         except OSError as error:
             raise InputError(f"--json {json_file}: cannot be written ({error.strerror})") from None
     return 0 if all(case.ok for case in cases) else 1
+
+
+def written(case: Case) -> dict[str, Any]:
+    """A case for a JSON file, which has no numbers that are not finite."""
+    return {name: None if isinstance(value, float) and not math.isfinite(value) else value
+            for name, value in asdict(case).items()}
 
 
 def as_table(bench: str, cases: Sequence[Case]) -> Table:

@@ -50,7 +50,7 @@ def talk(argv: list[str]) -> int:
 def opened(args: argparse.Namespace) -> Partner:
     from .partner import Partner
 
-    return Partner.open(args.model, args.codec, args.device, dict(args.condition))
+    return Partner.open(args.model, args.codec, args.device, dict(args.condition), args.sinks)
 
 
 async def run(partner, address: Address, limits: Limits, args: argparse.Namespace) -> None:
@@ -106,6 +106,8 @@ def arguments() -> argparse.ArgumentParser:
     add("--codec", metavar="DIR", help="another Mimi than its own")
     add("--condition", type=condition, action="append", default=[], metavar="NAME=WORD",
         help="what a model with conditions is told, such as description=very_good (the default of Hibiki)")
+    add("--sinks", type=positive, default=0, metavar="N", help="of a conversation longer than the model's context the "
+        "first N frames stay in sight (default: none)")
     device_option(parser)
     add("--threads", type=positive, help="of the model on a CPU (default: all cores but one, at most 4)")
     add("--file", type=Path, metavar="SOUND", help="answer this sound file and end, without a server")

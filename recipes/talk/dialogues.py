@@ -41,7 +41,8 @@ class Dialogues:
     def resize(self, rows: int, kept: list[int]) -> None:
         """Room for `rows`, the first of which go on with those kept."""
         model, codec, device = self.partner.model, self.partner.codec, self.partner.device
-        lm, sound, taste = model.init_state(rows), codec.init_state(rows), Taste.plain(rows, model.spec.text, device)
+        lm, sound = model.init_state(rows, sinks=self.partner.sinks), codec.init_state(rows)
+        taste = Taste.plain(rows, model.spec.text, device)
         if kept:
             first, old = torch.arange(len(kept), device=device), torch.tensor(kept, device=device)
             for new, held in ((lm, self.lm), (sound, self.sound), (taste, self.taste)):

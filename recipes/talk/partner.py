@@ -27,12 +27,13 @@ BEST = "very_good"  # of the recordings that Hibiki learned from
 @dataclass(frozen=True)
 class Partner:
     """Both on one device and in evaluation mode. `name` is what the model was opened by; `told` are its conditions, in
-    every conversation."""
+    every conversation; sinks: the first so many frames of each stay in sight (`DuplexLM.init_state`)."""
 
     model: DuplexLM
     codec: Mimi
     name: str
     told: Mapping[str, str] = field(default_factory=dict)
+    sinks: int = 0
 
     def __post_init__(self) -> None:
         s, q = self.model.spec, self.codec.spec.quantizer
@@ -51,10 +52,11 @@ class Partner:
             raise InputError(f"{self.name} cannot be told {odd[0]!r}, " + (f"only {', '.join(words)}" if words else
                                                                            "nor anything else"))
         self.model.condition(self.conditions(1))
+        self.model.stack.sights(self.sinks)
 
     @classmethod
     def open(cls, name: str, codec: str | None = None, device: str | None = None,
-             told: Mapping[str, str] | None = None) -> Partner:
+             told: Mapping[str, str] | None = None, sinks: int = 0) -> Partner:
         """A duplex model by directory, hub name, file or the name of shipped weights, in float32 on a CPU and as stored
         elsewhere, with its codec: the one named, or its own. Raises InputError."""
         import torch
@@ -68,7 +70,7 @@ class Partner:
         model = DuplexLM.from_pretrained(where, dtype=dtype, device=place)
         found = shipped(codec) if codec else codec_of(where, model)
         told = usual(model) | dict(told or {})
-        return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name), told)
+        return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name), told, sinks)
 
     def arrange(self, rows: int) -> None:
         """On a CPU, weights in the order in which a step of so many conversations is fastest."""

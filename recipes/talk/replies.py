@@ -62,7 +62,7 @@ def together(partner: Partner, users: Sequence[Tensor], manner: Manner, first: i
     sound = partner.codec.init_state(len(users), chunk=CHUNK)
     heard = torch.cat([partner.codec.encode(piece, state=sound, codebooks=s.heard)
                        for piece in wave[:, None].split(CHUNK * frame, 2)], 2)
-    sessions = model.init_state(len(users), conditions=partner.conditions(len(users)))
+    sessions = model.init_state(len(users), conditions=partner.conditions(len(users)), sinks=partner.sinks)
     for row in range(len(users)):
         sessions.sample(row, *(replace(one, seed=one.seed + first + row) for one in (manner.text, manner.audio)))
     said = [model.step(heard[..., max(t - 1, 0)], sessions).tokens for t in range(steps)]

@@ -40,6 +40,10 @@ def test_the_report_prints_writes_and_returns_the_status(tmp_path, capsys):
     assert told["cases"][1] == {
         "case": "recall", "ours": 0.9, "peer": 1.0, "ratio": 0.9, "at_least": 0.95, "ok": False, "unit": "share"
     }
+    endless = Case(case="delay", ours=float("inf"), unit="s", ratio=0.0, at_least=1.0)
+    assert report("toy", [endless], packages=[], json_file=str(tmp_path / "toy.json")) == 1
+    told = json.loads((tmp_path / "toy.json").read_text(), parse_constant=pytest.fail)  # JSON has no Infinity
+    assert told["cases"][0]["ours"] is None and "inf" in capsys.readouterr().out
     with pytest.raises(InputError, match="cannot be written"):
         report("toy", [good], packages=[], json_file=str(tmp_path / "no/toy.json"))
 

@@ -43,8 +43,9 @@ def test_a_file_is_answered(model, tmp_path, capsys):
     assert (tmp_path / "one.wav").read_bytes() == (tmp_path / "two.wav").read_bytes()
     text = capsys.readouterr().out.splitlines()
     assert text[0].strip() and text[0] == text[2] and "1.1 s, the first 0.6 s" in text[1]
-    assert main([*argv, str(tmp_path / "three.wav"), "--seed", "1"]) == 0
-    assert (tmp_path / "one.wav").read_bytes() != (tmp_path / "three.wav").read_bytes()
+    for name, more in (("three.wav", "--seed"), ("four.wav", "--sinks")):  # the context is 6 frames
+        assert main([*argv, str(tmp_path / name), more, "1"]) == 0
+        assert (tmp_path / "one.wav").read_bytes() != (tmp_path / name).read_bytes()
 
 
 @torch.no_grad()
@@ -113,6 +114,7 @@ def test_what_is_refused(model, tmp_path, capsys):
             ([*named, "--file", str(tmp_path / "q.wav")], "--file and --to go together"),
             ([*named, "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.doc")], ".doc is not a sound"),
             ([*named, "--file", str(tmp_path / "no.wav"), "--to", str(tmp_path / "a.wav")], "no.wav"),
+            ([*named, "--sinks", "6"], "6 positions that stay in sight need a causal window that is longer"),
             ([*named, "--cert", "a.pem"], "--cert and --key go together"),
             ([*named, "--cert", "a.pem", "--key", "b.pem"], "no certificate and its key"),
             ([*named, "--static", str(tmp_path)], "no index.html")):
