@@ -7,7 +7,7 @@ times, but for `GRACE` after the end of the recorded answer. What is loud for a 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,7 +23,8 @@ from ..encoders.logmel import RATE
 from ..encoders.transcribe import Settings, transcribe
 from ..encoders.whisper import Whisper
 from .data.asked import correct
-from .data.questions import Turn
+from .data.recordings import Recording, Turn
+from .talk.partner import Partner
 from .talk.replies import Reply
 
 WINDOW = 0.02  # seconds
@@ -86,6 +87,13 @@ def observe(reply: Reply, turns: Sequence[Turn], rate: int, seconds: float, text
                     total(shared(speech, silence)), sum(any(a <= start < b for a, b in silence) for start, _ in speech))
 
 
+def observed(partner: Partner, recordings: Iterable[Recording], said: Iterable[Reply]) -> Iterator[Dialogue]:
+    """What was said to the people of recordings, one after the other."""
+    model = partner.model
+    for one, reply in zip(recordings, said, strict=True):
+        yield observe(reply, one.turns, partner.rate, partner.seconds, model.spec.text, model.tokenizer)
+
+
 def heard_in(wave: Tensor, rate: int, speech: Spans, turn: Turn) -> tuple[float, Tensor | None]:
     """When an answer begins, infinity where none does, and what is said until the next question at 16 kHz, None where
     nothing is. What the model was saying all along is no beginning."""
@@ -130,9 +138,9 @@ def figures(dialogues: Sequence[Dialogue]) -> dict[str, float]:
     asked, both, due, broken = (sum(getattr(one, name) for one in dialogues)
                                 for name in ("asked", "both", "due", "broken"))
     return {"right": share(answer.right for answer in judged),
-            **{f"right, {kind}": share(answer.right for answer in of_kind) for kind, of_kind in kinds.items()},
+            **{f"{kind} right": share(answer.right for answer in of_kind) for kind, of_kind in kinds.items()},
             "written right": share(answer.written_right for answer in judged),
-            "delay, median": quantile(delays, 0.5), "delay, 90th percentile": quantile(delays, 0.9),
+            "median delay": quantile(delays, 0.5), "90th percentile of the delay": quantile(delays, 0.9),
             f"within {SOON:g} s": share(delay <= SOON for delay in delays),
             "overlap": percent(both, asked), "silence kept": 100 - percent(broken, due),
             "false starts a minute": 60 * sum(one.starts for one in dialogues) / max(due, 1e-9)}

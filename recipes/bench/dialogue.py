@@ -10,24 +10,21 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from mm.checkpoint import replacing
 from mm.dialogue import AUDIO, TEXT
 from mm.errors import InputError
 from mm.sampling import GREEDY
 
-from ...codecs.sound import Sound, open_sound
-from ..answers import SOON, Answer, Dialogue, figures, hear, observe
-from ..data.dialogues import Entry, read_manifest
-from ..data.questions import Turn, read_turns
+from ..answers import SOON, Answer, Dialogue, figures, hear, observed
+from ..data.dialogues import read_manifest
+from ..data.recordings import LEFT, Recording, recording
 from ..data.sampler import generator
 from ..search.arguments import device_option, positive
 from ..search.progress import Bar
@@ -38,8 +35,6 @@ from ..transcribe import load
 from .report import Case, report
 
 PACKAGES = ("torch", "soundfile")
-LEFT, RIGHT = 0, 1
-AFTER = 1.0  # seconds of silence at the end, for an answer that is late
 GOAL = 60.0  # percent of the answers
 CHOOSING = 60  # the last number of the key of a random generator
 
@@ -54,8 +49,8 @@ def dialogue(argv: list[str]) -> int:
     rate, others = partner.rate, [*recordings[1:], recordings[0]]
     heard = {"own": (one.heard(one, rate) for one in recordings),
              "shuffled": (one.heard(other, rate) for one, other in zip(recordings, others, strict=True))}
-    held = {name: observed(partner, recordings, replies(partner, users, manner)) for name, users in heard.items()}
-    held["recorded"] = observed(partner, recordings, recorded(partner, (one.voice(rate, LEFT) for one in recordings)))
+    held = {name: watched(partner, recordings, replies(partner, users, manner)) for name, users in heard.items()}
+    held["recorded"] = watched(partner, recordings, recorded(partner, (one.voice(rate, LEFT) for one in recordings)))
     answers = {name: [answer for one in dialogues for answer in one.answers] for name, dialogues in held.items()}
     with Bar("judging", sum(answer.clip is not None for each in answers.values() for answer in each)) as bar:
         for each in answers.values():
@@ -93,22 +88,6 @@ def manner_of(args: argparse.Namespace) -> Manner:
 
 
 # ----------------------------------------------------------------------------------------- what is heard
-@dataclass(frozen=True)
-class Recording:
-    sound: Sound
-    turns: list[Turn]
-
-    def voice(self, rate: int, channel: int) -> Tensor:
-        """(L,) of one side, with `AFTER` seconds of silence."""
-        wave = torch.cat([block[channel] for block in self.sound.blocks(rate, 2)])
-        return F.pad(wave, (0, round(AFTER * rate)))
-
-    def heard(self, other: Recording, rate: int) -> Tensor:
-        """(L,) of the person of another dialogue, for as long as this one goes on."""
-        wave = other.voice(rate, RIGHT)
-        return wave if other is self else F.pad(wave, (0, round((self.sound.seconds + AFTER) * rate) - len(wave)))
-
-
 def chosen(manifest: Path, limit: int | None, seed: int) -> list[Recording]:
     """In random order. Raises InputError for entries without a sound or turns, and for a single dialogue, which could
     not be mistaken for another."""
@@ -120,36 +99,23 @@ def chosen(manifest: Path, limit: int | None, seed: int) -> list[Recording]:
     return found
 
 
-def recording(entry: Entry) -> Recording:
-    if entry.sound is None:
-        raise InputError(f"{entry.where} names codes: dialogues are judged from a sound file, under path")
-    sound = open_sound(entry.sound)
-    if sound.channels != 2:
-        raise InputError(f"{entry.sound} has {sound.channels} channel, a dialogue has two: left answers, right asks")
-    return Recording(sound, read_turns(entry.words))
-
-
-def observed(partner: Partner, recordings: Sequence[Recording], said: Iterable[Reply]) -> list[Dialogue]:
-    model, out = partner.model, []
+def watched(partner: Partner, recordings: Sequence[Recording], said: Iterable[Reply]) -> list[Dialogue]:
     with Bar("dialogues", len(recordings)) as bar:
-        for reply, one in zip(said, recordings, strict=True):
-            out.append(observe(reply, one.turns, partner.rate, partner.seconds, model.spec.text, model.tokenizer))
-            bar.step()
-    return out
+        return [bar.step() or one for one in observed(partner, recordings, said)]
 
 
 # ----------------------------------------------------------------------------------------- what is told
 def cases(held: dict[str, list[Dialogue]]) -> list[Case]:
     own, other, ceiling = (figures(held[name]) for name in ("own", "shuffled", "recorded"))
-    goals = {"right": (own["right"] / GOAL, 1.0), "delay, median": (SOON / max(own["delay, median"], 0.01), 1.0)}
+    goals = {"right": (own["right"] / GOAL, 1.0), "median delay": (SOON / max(own["median delay"], 0.01), 1.0)}
     made = [Case(case=name, ours=value, peer=other[name], unit=unit(name), ratio=goals.get(name, (None,))[0],
                  at_least=goals.get(name, (None, None))[1]) for name, value in own.items()]
     return made + [Case(case=f"as recorded: {name}", ours=value, unit=unit(name))
-                   for name, value in ceiling.items() if name.startswith("right")]
+                   for name, value in ceiling.items() if name.endswith("right") and name != "written right"]
 
 
 def unit(name: str) -> str:
-    return "s" if name.startswith("delay") else "" if name.endswith("minute") else "%"
+    return "s" if name.endswith("delay") else "" if name.endswith("minute") else "%"
 
 
 def keep(path: Path, answers: dict[str, list[Answer]]) -> None:

@@ -73,7 +73,7 @@ class Fixed(Dataset[DuplexBatch]):
 
 class DuplexModule(lightning.LightningDataModule):
     """Training batches from any step on, and a fixed set of evaluation batches (`validation`, None without any).
-    `header` is that of a file of the codes."""
+    `header` is that of a file of the codes, `codec` what encoded sound files, if that was to be done."""
 
     def __init__(self, data: DuplexData, model: DuplexSpec, tokenizer: Tokenizer, seed: int, cache: Path) -> None:
         super().__init__()
@@ -89,7 +89,7 @@ class DuplexModule(lightning.LightningDataModule):
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
         self.training = Packed(kept, data.length, self.seed)
         self.validation = Packed(out, data.length, None) if out else None
-        self.header = codes.first[1]
+        self.header, self.codec = codes.first[1], codes.model
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of all that is trained on."""

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import sys
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 
 from mm import spec
 from mm.checkpoint import write_json
@@ -21,12 +19,12 @@ from mm.tokenizer import Tokenizer, load_tokenizer
 from ...codecs.file import Header, Reader
 from ...codecs.mimi import Mimi
 from ..data.dialogues import Codes, read_manifest
-from ..data.duplex import Batches, DuplexModule, Fixed
+from ..data.duplex import Batches, DuplexModule
 from ..data.sampler import Order
 from ..talk.codec_of import CODEC, Note
 from .duplex import DuplexRecipe
-from .duplex_loss import losses_of
-from .duplex_settings import DuplexJob, DuplexLoss, DuplexShape
+from .duplex_exam import exam
+from .duplex_settings import DuplexJob, DuplexShape
 from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .shard import strategy
 from .watch import Watch
@@ -41,7 +39,7 @@ def fit(job: DuplexJob) -> None:
     out, checkpoint = start(job)
     model, data = prepare(job)
     recipe = DuplexRecipe(model.spec, job.optim, job.loss, job.trainer.seed, model, job.lora, job.checkpointing)
-    measure = partial(evaluate, data.evaluation(), job.loss) if data.validation is not None else None
+    measure = exam(job, data) if data.validation is not None else None
     watch = Watch(out, job.trainer, measure, COLUMNS, partial(conversations, data))
     trainer = lightning_trainer(job.trainer, watch, strategy(job.shard, job.trainer.devices))
     if trainer.is_global_zero:
@@ -131,25 +129,6 @@ def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, car
         delays=(0, *voices[0], *voices[1]), depth=spec.Depth(
             stack=spec.Stack(dim=shape.deep_width, layers=(deep,) * shape.deep_depth), rank=shape.rank,
             weights=tuple(min(k, sets - 1) for k in range(own))))
-
-
-@torch.inference_mode()
-def evaluate(batches: Fixed, settings: DuplexLoss, model: nn.Module) -> dict[str, float]:
-    """The text's perplexity, and the share of codes foreseen, by codebook, over all evaluation batches."""
-    training, device = model.training, next(model.parameters()).device
-    model.eval()
-    try:
-        made = [losses_of(model, batch._replace(codes=batch.codes.to(device), documents=batch.documents.to(device)),
-                          settings) for batch in (batches[i] for i in range(len(batches)))]
-    finally:
-        model.train(training)
-    summed = {name: sum(getattr(one, name) for one in made) for name in made[0]._fields}
-    text, audio = ((summed[name] / weight.clamp(min=1e-9)).item()
-                   for name, weight in zip(("text", "audio"), summed["weight"], strict=True))
-    entropy = (summed["entropy"] / summed["words"].clamp(min=1)).item()
-    right = (summed["right"] / summed["said"].clamp(min=1)).tolist()
-    return {"loss": text + audio, "text": text, "audio": audio, "perplexity": math.exp(min(entropy, 700.0)),
-            **{f"codebook {k + 1} right": share for k, share in enumerate(right)}}
 
 
 def conversations(data: DuplexModule, step: int) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import logging
+import math
 import sys
 import warnings
 from dataclasses import asdict
@@ -87,4 +88,4 @@ def facts(job: Job, recipe: lightning.LightningModule, watch: Watch) -> dict[str
     gpu = torch.cuda.get_device_name() if recipe.device.type == "cuda" else None
     return {"steps": job.trainer.max_steps, "batch_size": job.data.batch_size, "seconds": round(watch.seconds, 1),
             "machine": gpu or machine(), "threads": torch.get_num_threads(), "torch": torch.__version__,
-            "validation": watch.measured}
+            "validation": {name: value if math.isfinite(value) else None for name, value in watch.measured.items()}}

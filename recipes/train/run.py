@@ -86,7 +86,7 @@ class CsvLog:
 
 
 def read_log(path: Path) -> dict[str, list[float]]:
-    """The columns of a log."""
+    """The columns of a log; what earlier rows did not hold yet is NaN."""
     with open(path, newline="", encoding="utf-8") as file:
         rows = list(csv.DictReader(file))
-    return {name: [float(row[name]) for row in rows] for name in (rows[0] if rows else ())}
+    return {name: [float(row[name] or "nan") for row in rows] for name in (rows[0] if rows else ())}

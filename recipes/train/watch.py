@@ -26,7 +26,7 @@ from .settings import Trainer
 
 COLUMNS = ("loss", "lr", "gradient", "scale")
 MOST_TOLD = 20  # sentences of one kind
-SHOWN = ("R@1", "top-1", "perplexity")  # ends of the names of measures that the progress bar tells
+SHOWN = ("R@1", "top-1", "perplexity", "written right", "within 1 s")  # ends of names that the progress bar tells
 TRAIN, VALIDATION, CURVES = "train.csv", "validation.csv", "curves.png"
 Measure = Callable[[nn.Module], dict[str, float]]
 

@@ -8,7 +8,7 @@ import torch
 
 from mm.recipes import answers
 from mm.recipes.answers import figures, hear, observe, spoken
-from mm.recipes.data.questions import Turn
+from mm.recipes.data.recordings import Turn
 from mm.recipes.talk.replies import Reply
 from mm.spec import TextStream
 
@@ -46,9 +46,9 @@ def test_a_good_dialogue():
     for answer, text in zip(one.answers, ("It is 7.", "The word is cake."), strict=True):
         answer.heard = text
     told = figures([one])
-    assert told["right"] == told["right, sum"] == told["right, word"] == told["within 1 s"] == 100
-    assert told["delay, median"] == pytest.approx(0.3, abs=0.021)
-    assert told["delay, 90th percentile"] == pytest.approx(0.7, abs=0.021)
+    assert told["right"] == told["sum right"] == told["word right"] == told["within 1 s"] == 100
+    assert told["median delay"] == pytest.approx(0.3, abs=0.021)
+    assert told["90th percentile of the delay"] == pytest.approx(0.7, abs=0.021)
     assert told["overlap"] == told["false starts a minute"] == 0 and told["silence kept"] == 100
     assert len(one.answers[0].clip) == pytest.approx(0.7 * 16000, abs=700)
 
@@ -60,7 +60,7 @@ def test_a_bad_dialogue():
     assert [answer.delay for answer in one.answers] == [pytest.approx(1.5, abs=0.021), math.inf]
     assert one.answers[1].clip is None and len(one.answers[0].clip) == pytest.approx(1.5 * 16000, abs=700)
     told = figures([one])
-    assert told["right"] == told["within 1 s"] == 0 and told["delay, 90th percentile"] == math.inf
+    assert told["right"] == told["within 1 s"] == 0 and told["90th percentile of the delay"] == math.inf
     assert told["overlap"] == pytest.approx(100 * 0.7 / 2, abs=2)  # of two seconds of questions
     # silence is due from 0 to 2, from 4 to 6 and from 8 on: 5 s, of which 2.1 are broken, at two starts
     assert told["silence kept"] == pytest.approx(100 * (1 - 2.1 / 5), abs=1)
@@ -70,7 +70,7 @@ def test_a_bad_dialogue():
 def test_where_nothing_is_asked_silence_is_due():
     told = figures([dialogue((1.0, 4.0), turns=(), length=6.0)])
     assert told["silence kept"] == pytest.approx(50, abs=1) and told["false starts a minute"] == pytest.approx(10)
-    assert told["right"] == 0 and told["delay, median"] == math.inf
+    assert told["right"] == 0 and told["median delay"] == math.inf
 
 
 def test_an_answer_may_begin_a_little_early_and_not_long_before():
@@ -85,7 +85,7 @@ def test_answers_that_were_broken_off_are_not_judged():
     cut = Turn("sum", "two", 1.0, 2.0, 2.6, 2.6, True)
     one = dialogue((2.2, 2.6), turns=(cut, WORD))
     told = figures([one])
-    assert "right, sum" not in told and told["right, word"] == 0 and told["within 1 s"] == 50
+    assert "sum right" not in told and told["word right"] == 0 and told["within 1 s"] == 50
 
 
 def test_what_the_model_writes_is_judged_beside_what_it_says():

@@ -53,8 +53,8 @@ def test_a_model_that_hears_answers_right_and_by_chance_what_it_does_not_hear(ro
     monkeypatch.setattr(bench, "recorded", lambda partner, waves: (Reply(wave, []) for wave in waves))
     status, cases = run(room, "--answers", "heard.jsonl")
     assert status == 0 and cases["right"]["ours"] == 100 and cases["right"]["peer"] == 0
-    assert cases["delay, median"]["ours"] == pytest.approx(0.2, abs=0.021) and cases["overlap"]["ours"] == 0
-    assert cases["as recorded: right, sum"]["ours"] == 100
+    assert cases["median delay"]["ours"] == pytest.approx(0.2, abs=0.021) and cases["overlap"]["ours"] == 0
+    assert cases["as recorded: sum right"]["ours"] == 100
     kept = [json.loads(line) for line in (room / "heard.jsonl").read_text().splitlines()]
     assert [one["right"] for one in kept] == [True] * 5 + [False] * 5 + [True] * 5
 
@@ -66,7 +66,7 @@ def test_a_small_partner_is_measured(room):
         return cases, [json.loads(line) for line in (room / "heard.jsonl").read_text().splitlines()]
     cases, heard = told("--rows", "2")
     assert told("--rows", "1") == (cases, heard) and told("--temperature", "1")[1] != heard
-    assert set(cases) > {"right", "right, sum", "written right", "within 1 s", "overlap", "silence kept"}
+    assert set(cases) > {"right", "sum right", "written right", "within 1 s", "overlap", "silence kept"}
     assert len(heard) == 6 and any(one["written"] for one in heard) and not any(one["written"] for one in heard[4:])
     drawn = [[one.sound.path for one in bench.chosen(room / "val.jsonl", 2, seed)] for seed in range(4)]
     assert any(one != drawn[0] for one in drawn)

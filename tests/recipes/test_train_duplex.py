@@ -159,9 +159,16 @@ def test_what_is_written_talks_with_the_codec_that_it_was_trained_with(data, who
         soundfile.write(tmp_path / f"{i}.wav", wave, model.spec.rate, subtype="FLOAT")
         (tmp_path / f"{i}.json").write_text('{"alignments": [["one", [0.1, 0.2], "SPEAKER_MAIN"]]}')
         lines.append(json.dumps({"path": f"{i}.wav"}))
-    (tmp_path / "talks.jsonl").write_text("\n".join(lines))
-    told = ("--data.path", str(tmp_path / "talks.jsonl"), "--data.codec", str(tmp_path / "mimi"))
+    talks = str(tmp_path / "talks.jsonl")
+    Path(talks).write_text("\n".join(lines))
+    turn = {"kind": "greeting", "expect": "hello", "asked": [0.05, 0.1]}
+    (tmp_path / "1.json").write_text(json.dumps({"alignments": [], "turns": [turn]}))  # held by itself, when evaluated
+    told = ("--data.path", talks, "--data.val", talks, "--data.codec", str(tmp_path / "mimi"))
     out = train(data, tmp_path / "run", *told, "--trainer.max_steps", "2", "--export.dtype", "float16")
+    measured = json.loads((out / "metrics.json").read_text(), parse_constant=pytest.fail)["validation"]
+    assert measured["written right"] == 0 and 0 <= measured["silence kept"] <= 100 and "median delay" in measured
+    assert [float(measured[name]) for name in ("overlap", "loss")] == [
+        pytest.approx(float(rows(out / "validation.csv")[-1][name])) for name in ("overlap", "loss")]
     partner = Partner.open(str(out / "model"))
     assert partner.model.tokenizer is not None and partner.model.head.weight.dtype == torch.float32
     assert partner.codec.fingerprint() == Codes(tmp_path, str(tmp_path / "mimi"), 3, 2).opened().fingerprint()

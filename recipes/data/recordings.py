@@ -1,4 +1,4 @@
-"""What was asked in a recorded dialogue, when, and what its answer was to be."""
+"""Recorded dialogues: what both sides said, what was asked when, and what the answer was to be."""
 
 from __future__ import annotations
 
@@ -7,11 +7,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
 from mm.checkpoint import read_json
 from mm.errors import InputError
 
+from ...codecs.sound import Sound, open_sound
 from .asked import KINDS, Kind
+from .dialogues import Entry
 from .words import read_words
+
+LEFT, RIGHT = 0, 1  # who answers, who asks
+AFTER = 1.0  # seconds of silence at the end, for an answer that is late
 
 
 @dataclass(frozen=True)
@@ -27,6 +36,32 @@ class Turn:
     until: float
     answered: float
     interrupted: bool
+
+
+@dataclass(frozen=True)
+class Recording:
+    sound: Sound
+    turns: list[Turn]
+
+    def voice(self, rate: int, channel: int) -> Tensor:
+        """(L,) of one side, with `AFTER` seconds of silence."""
+        wave = torch.cat([block[channel] for block in self.sound.blocks(rate, 2)])
+        return F.pad(wave, (0, round(AFTER * rate)))
+
+    def heard(self, other: Recording, rate: int) -> Tensor:
+        """(L,) of the person of another dialogue, for as long as this one goes on."""
+        wave = other.voice(rate, RIGHT)
+        return wave if other is self else F.pad(wave, (0, round((self.sound.seconds + AFTER) * rate) - len(wave)))
+
+
+def recording(entry: Entry) -> Recording:
+    """Raises InputError for an entry without a sound of two channels, or without turns."""
+    if entry.sound is None:
+        raise InputError(f"{entry.where} names codes: dialogues are judged from a sound file, under path")
+    sound = open_sound(entry.sound)
+    if sound.channels != 2:
+        raise InputError(f"{entry.sound} has {sound.channels} channel, a dialogue has two: left answers, right asks")
+    return Recording(sound, read_turns(entry.words))
 
 
 def read_turns(path: Path) -> list[Turn]:
