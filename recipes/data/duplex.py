@@ -16,15 +16,18 @@ from torch.utils.data import DataLoader, Dataset
 
 from mm.errors import InputError
 from mm.spec import DuplexSpec
+from mm.streams import NONE
 from mm.tokenizer import Tokenizer
 
 from .dialogues import Codes, Packed, check_conditions, held_out, read_dialogues
 from .module import Note
-from .sampler import Order, Steps, readers
+from .sampler import Order, Steps, generator, readers
 from .words import by_word
 
 if TYPE_CHECKING:
     from ..train.duplex_settings import DuplexData
+
+HIDING = 32  # the last number of the keys of random generators
 
 
 class DuplexBatch(NamedTuple):
@@ -46,13 +49,19 @@ def batch_of(packed: Packed, rows: Iterable[tuple[int, int]]) -> DuplexBatch:
 
 
 class Batches(Dataset[DuplexBatch]):
-    """Batch by step: `batches[step]` depends on the step, the seed and the data alone."""
+    """Batch by step: `batches[step]` depends on the step, the seed and the data alone. Of the codes from the stream
+    `heard` on, the share `drop` is hidden."""
 
-    def __init__(self, packed: Packed, order: Order) -> None:
-        self.packed, self.order = packed, order
+    def __init__(self, packed: Packed, order: Order, heard: int = 0, drop: float = 0.0) -> None:
+        self.packed, self.order, self.heard, self.drop = packed, order, heard, drop
 
     def __getitem__(self, step: int) -> DuplexBatch:
-        return batch_of(self.packed, [(epoch, index) for epoch, index, _ in self.order.rows(step)])
+        rows = [(epoch, index) for epoch, index, _ in self.order.rows(step)]
+        batch = batch_of(self.packed, rows)
+        for codes, row in zip(batch.codes[:, self.heard:], rows if self.drop else (), strict=False):
+            random = generator(self.order.seed, *row, HIDING)
+            codes[torch.from_numpy(random.random(codes.shape) < self.drop)] = NONE
+        return batch
 
 
 class Fixed(Dataset[DuplexBatch]):
@@ -110,7 +119,8 @@ class DuplexModule(lightning.LightningDataModule):
     def train_dataloader(self) -> DataLoader[Any]:
         trainer, (rank, world) = self.trainer, readers(self.trainer)
         order = Order(count=len(self.training), batch=self.data.batch_size, seed=self.seed, rank=rank, world=world)
-        return DataLoader(Batches(self.training, order), batch_size=None, num_workers=self.data.workers,
+        batches = Batches(self.training, order, 1 + self.spec.own, self.data.drop)
+        return DataLoader(batches, batch_size=None, num_workers=self.data.workers,
                           sampler=Steps(trainer.global_step, trainer.max_steps),
                           pin_memory=trainer.strategy.root_device.type == "cuda")
 

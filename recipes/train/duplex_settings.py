@@ -33,13 +33,15 @@ class DuplexData:
     cache: str | None = None
     tokenizer: str | None = None
     late: Literal["drop", "shift"] = "drop"
+    drop: float = 0.0
     length: int = 250
     batch_size: int = 8
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if not 0 <= self.holdout < 1:
-            raise InputError(f"data.holdout must lie in [0, 1), not {self.holdout}")
+        for name in ("holdout", "drop"):
+            if not 0 <= getattr(self, name) < 1:
+                raise InputError(f"data.{name} must lie in [0, 1), not {getattr(self, name)}")
         for name in ("length", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name} must be at least 1, not {getattr(self, name)}")

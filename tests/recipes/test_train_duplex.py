@@ -25,7 +25,8 @@ from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
-from mm.recipes.data.duplex import batch_of
+from mm.recipes.data.duplex import Batches, batch_of
+from mm.recipes.data.sampler import Order
 from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
@@ -226,6 +227,19 @@ def test_rows_hold_every_frame_once_a_pass():
     assert packed.row(0, 1)[0].tolist() == Packed(talks, 5, seed=2).row(0, 1)[0].tolist()
     orders = [[packed.row(epoch, i)[1].tolist() for i in range(5)] for epoch in range(4)]
     assert any(one != orders[0] for one in orders)
+
+
+def test_heard_codes_are_hidden_at_random_and_the_same_after_a_restart():
+    talks = [Dialogue(str(i), np.arange(60).reshape(4, 15) + i) for i in range(8)]
+    packed, order = Packed(talks, 20, seed=1), Order(count=6, batch=3, seed=1)
+    plain, some = Batches(packed, order), Batches(packed, order, 2, 0.4)
+    hidden = [some[step].codes < 0 for step in range(8)]
+    assert not any(part[:, :2].any() for part in hidden)
+    assert 0.3 < torch.stack(hidden)[:, :, 2:].float().mean() < 0.5
+    assert not torch.equal(hidden[0], hidden[2])  # the next pass
+    for step, part in enumerate(hidden):
+        assert torch.equal(some[step].codes, Batches(packed, order, 2, 0.4)[step].codes)
+        assert torch.equal(some[step].codes[~part], plain[step].codes[~part])
 
 
 def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
