@@ -3,7 +3,7 @@
 MANIFEST is a .jsonl file as `mm dialogues` writes it: a stereo sound on each line, right the person, whom the model
 hears, left the answers recorded, and beside it a .json file with words and turns. Answers are heard by Whisper and
 judged by their key word. The peer of a figure is the same model when it hears the person of another dialogue, and is
-asked what it could not hear. Recorded answers are judged too, as the codec leaves them: nothing can exceed them."""
+asked what it could not hear. Recorded answers are judged too, as the codec leaves them: that is the most to expect."""
 
 from __future__ import annotations
 

@@ -28,7 +28,7 @@ class Manner:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a person hears while they speak: wave (L,), frame s of which they hear after their own frame s, and tokens
+    """What a person hears while they speak: wave (L,), whose frame s they hear during their own frame s, and tokens
     (T,) of its text, padding where nothing is said."""
 
     wave: Tensor
