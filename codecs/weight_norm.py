@@ -12,9 +12,10 @@ AXIS = {Conv: 0, ConvTranspose: 2}  # that each length belongs to: an output's, 
 
 
 def add_weight_norm(model: Mimi) -> None:
-    """Splits the weights of the SEANet's convolutions into a length and a direction each."""
+    """Splits the weights of the SEANet's convolutions, those that train, into a length and a direction each."""
     for part in normed(model):
-        weight_norm(part, dim=AXIS[type(part)])
+        if part.weight.requires_grad:
+            weight_norm(part, dim=AXIS[type(part)])
 
 
 def folded(model: Mimi) -> Mimi:

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from mm.schema import from_data, to_data
 
-from ...codecs.learning import learn, perplexity, use
+from ...codecs.learning import Learned, learn, perplexity, use
 from ...codecs.mimi import Mimi
 from ...codecs.quantizer import Codebook
 from ...codecs.spec import Learning, MimiSpec
@@ -40,20 +40,27 @@ from .recipe import Recipe
 QUANTISING = 11  # the last number of the key of the generator that codebooks draw from, the same in all processes
 
 
+def lock_codes(codec: Mimi) -> None:
+    """Keeps all that makes codes from training."""
+    for part in (codec.encoder, codec.encoder_stack, codec.downsample, codec.quantizer):
+        part.requires_grad_(False)
+
+
 class CodecRecipe(Recipe):
     """A Mimi in training and, in `average`, the moving average of its weights, both with split weights
     (`codecs.weight_norm.folded` joins them).
 
     The settings may be given as the dataclasses or as the plain data that a checkpoint holds, so that
     `CodecRecipe.load_from_checkpoint(path)` works. `codec` is a model of that spec to go on with, if not a new one;
-    `heard` is the width of what a teacher says, if there is one.
+    `heard` is the width of what a teacher says, if there is one. `decoder_only`: what makes codes stays as it is.
     """
 
     learner = "codec"
 
     def __init__(self, spec: MimiSpec | dict[str, Any], optim: CodecOptim | dict[str, Any],
                  loss: CodecLoss | dict[str, Any], books: Learning | dict[str, Any], critics: Critics | dict[str, Any],
-                 seed: int = 0, heard: int | None = None, codec: Mimi | None = None) -> None:
+                 seed: int = 0, heard: int | None = None, codec: Mimi | None = None,
+                 decoder_only: bool = False) -> None:
         super().__init__(CodecOptim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = CodecLoss(**loss) if isinstance(loss, dict) else loss
@@ -61,8 +68,12 @@ class CodecRecipe(Recipe):
         self.judges = Critics(**critics) if isinstance(critics, dict) else critics
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "books": asdict(self.books),
-                                   "critics": asdict(self.judges), "seed": seed, "heard": heard})
+                                   "critics": asdict(self.judges), "seed": seed, "heard": heard,
+                                   "decoder_only": decoder_only})
+        self.decoder_only = decoder_only
         codec = codec or Mimi(self.settings)
+        if decoder_only:
+            lock_codes(codec)
         add_weight_norm(codec)
         self.hold(codec.train())
         self.jury = Jury(self.judges.windows, self.judges.filters) if self.loss.adversarial else None
@@ -80,11 +91,11 @@ class CodecRecipe(Recipe):
 
     def training_step(self, batch: SoundBatch, batch_idx: int) -> Tensor:
         """The codec's loss and that of the discriminators, whose gradients do not meet."""
-        step, device = self.global_step, batch.wave.device
-        generator = torch.Generator(device).manual_seed(torch_seed(self.seed, step, QUANTISING))
-        latents = self.codec.analyse(batch.wave.transpose(1, 2), None, None, None)
+        device = batch.wave.device
+        with torch.set_grad_enabled(not self.decoder_only):
+            latents = self.codec.analyse(batch.wave.transpose(1, 2), None, None, None)
         with torch.autocast(device.type, enabled=False):
-            made = learn(self.codec.quantizer, latents.float(), self.books, step, generator)
+            made = self.quantised(latents.float())
         out = self.codec.synthesise(made.latents).transpose(1, 2)
         with torch.autocast(device.type, enabled=False):
             terms = self.terms(out.float(), batch, made)
@@ -96,6 +107,17 @@ class CodecRecipe(Recipe):
         self.last = {**dict.fromkeys(weights, 0.0), **told, **self.state_of_books(),
                      "lr": self.optimizers().param_groups[0]["lr"]}
         return total
+
+    def quantised(self, latents: Tensor) -> Learned:
+        """Moves the codebooks, but where the decoder alone learns, from all of them or at random fewer."""
+        quantizer, step, count = self.codec.quantizer, self.global_step, self.settings.quantizer.codebooks
+        generator = torch.Generator(latents.device).manual_seed(torch_seed(self.seed, step, QUANTISING))
+        if not self.decoder_only:
+            return learn(quantizer, latents, self.books, step, generator)
+        drop, few = torch.rand(2, generator=generator, device=latents.device).tolist()
+        with torch.no_grad():
+            codes = quantizer.encode(latents, count if drop >= self.books.dropout else 1 + int(few * count))
+            return Learned(quantizer.decode(codes), latents, codes, latents.new_zeros(()))
 
     def terms(self, out: Tensor, batch: SoundBatch, made: Any) -> dict[str, Tensor]:
         """By name, before their weights."""

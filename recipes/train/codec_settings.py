@@ -91,13 +91,15 @@ class CodecJob:
     """Train a neural codec on folders of sounds.
 
     out: the directory of the run; the same command continues what is there. model: a Mimi (directory, hub name,
-    Kyutai's file, or codec_small) to go on from, instead of a new `shape`. books: how the codebooks learn. critics: the
+    Kyutai's file, or codec_small) to go on from, instead of a new `shape`. decoder_only: what makes codes stays as it
+    is, and with it every code; the decoder learns to say them better. books: how the codebooks learn. critics: the
     discriminators.
     """
 
     data: SoundData
     out: str = "runs/codec"
     model: str | None = None
+    decoder_only: bool = False
     shape: CodecShape = CodecShape()
     books: Learning = Learning()
     loss: CodecLoss = CodecLoss()
@@ -105,3 +107,7 @@ class CodecJob:
     optim: CodecOptim = CodecOptim()
     trainer: Trainer = Trainer()
     export: Export = Export()
+
+    def __post_init__(self) -> None:
+        if self.decoder_only and self.model is None:
+            raise InputError("decoder_only needs a model whose codes there are")

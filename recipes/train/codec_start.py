@@ -52,4 +52,5 @@ def new_spec(shape: CodecShape) -> MimiSpec:
 
 
 def teacher_of(job: CodecJob, device: torch.device) -> Teacher | None:
-    return teacher(job.loss.teacher, device) if job.loss.teacher and job.loss.semantic else None
+    wanted = job.loss.teacher and job.loss.semantic and not job.decoder_only
+    return teacher(job.loss.teacher, device) if wanted else None

@@ -39,7 +39,7 @@ def fit(job: CodecJob) -> None:
     if teacher:
         data.features = lessons(teacher, data.training, data.folder / "teacher.f16")
     recipe = CodecRecipe(codec.spec, job.optim, job.loss, job.books, job.critics, job.trainer.seed,
-                         teacher and teacher.width, codec)
+                         teacher and teacher.width, codec, job.decoder_only)
     if trainer.is_global_zero:
         introduce(job, data, recipe, checkpoint)
     trainer.fit(recipe, data, ckpt_path=checkpoint, weights_only=True)

@@ -316,3 +316,14 @@ def test_pooling_covers_twice_a_frame_and_channels_are_standardised():
 def test_settings_without_sense_are_refused(option, says, data, tmp_path):
     with pytest.raises(InputError, match=says):
         train(data, tmp_path / "out", *option)
+
+
+def test_a_decoder_learns_alone_and_every_code_stays(data, tmp_path):
+    start = train(data, tmp_path / "start", "--trainer.max_steps", "10")
+    out = train(data, tmp_path / "out", "--model", str(start / "model"), "--decoder_only", "true",
+                  "--trainer.max_steps", "10")
+    old, new = (load_file(folder / "model/model.safetensors") for folder in (start, out))
+    moved = {name.split(".")[0] for name, value in new.items() if not torch.equal(value, old[name])}
+    assert moved and moved <= {"decoder", "decoder_stack", "upsample"}
+    with pytest.raises(InputError, match="decoder_only needs a model"):
+        parse(CodecJob, "mm train codec", options(data, tmp_path / "none", "--decoder_only", "true"))
