@@ -30,6 +30,7 @@ from .talk.replies import Reply
 WINDOW = 0.02  # seconds
 LOUD = -45.0  # dB of full scale, of a window
 BRIDGED, SHORTEST = 0.3, 0.1  # seconds: shorter pauses belong to speech, shorter sounds are none
+AROUND = 0.25  # seconds that are heard before and after speech: its first and last sounds may be faint
 EARLY = 0.5  # seconds before the end of a question, from which on an answer may begin
 GRACE = 1.0  # seconds
 SOON = 1.0  # seconds, after which an answer should have begun
@@ -104,7 +105,7 @@ def heard_in(wave: Tensor, rate: int, speech: Spans, turn: Turn) -> tuple[float,
         return math.inf, None
     from torchaudio.functional import resample
 
-    first, last = (round(at * rate) for at in (max(mine[0][0] - WINDOW, 0.0), mine[-1][1]))
+    first, last = (round(at * rate) for at in (max(mine[0][0] - AROUND, 0.0), min(mine[-1][1] + AROUND, turn.until)))
     return began, resample(wave[first:last], rate, RATE)
 
 

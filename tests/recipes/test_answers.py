@@ -50,7 +50,7 @@ def test_a_good_dialogue():
     assert told["median delay"] == pytest.approx(0.3, abs=0.021)
     assert told["90th percentile of the delay"] == pytest.approx(0.7, abs=0.021)
     assert told["overlap"] == told["false starts a minute"] == 0 and told["silence kept"] == 100
-    assert len(one.answers[0].clip) == pytest.approx(0.7 * 16000, abs=700)
+    assert len(one.answers[0].clip) == pytest.approx(1.2 * 16000, abs=700)
 
 
 def test_a_bad_dialogue():
@@ -58,7 +58,7 @@ def test_a_bad_dialogue():
     one = dialogue((0.2, 0.6), (1.2, 1.4), (3.5, 5.5))
     one.answers[0].heard = "It is eight."
     assert [answer.delay for answer in one.answers] == [pytest.approx(1.5, abs=0.021), math.inf]
-    assert one.answers[1].clip is None and len(one.answers[0].clip) == pytest.approx(1.5 * 16000, abs=700)
+    assert one.answers[1].clip is None and len(one.answers[0].clip) == pytest.approx(1.75 * 16000, abs=700)
     told = figures([one])
     assert told["right"] == told["within 1 s"] == 0 and told["90th percentile of the delay"] == math.inf
     assert told["overlap"] == pytest.approx(100 * 0.7 / 2, abs=2)  # of two seconds of questions
@@ -75,10 +75,10 @@ def test_where_nothing_is_asked_silence_is_due():
 
 def test_an_answer_may_begin_a_little_early_and_not_long_before():
     early, babble = dialogue((1.8, 2.5)).answers[0], dialogue((0.1, 4.0)).answers[0]
-    assert early.delay == pytest.approx(-0.2, abs=0.021) and len(early.clip) == pytest.approx(0.7 * 16000, abs=700)
-    assert babble.delay == math.inf and len(babble.clip) == pytest.approx(2.0 * 16000, abs=700)
+    assert early.delay == pytest.approx(-0.2, abs=0.021) and len(early.clip) == pytest.approx(1.2 * 16000, abs=700)
+    assert babble.delay == math.inf and len(babble.clip) == pytest.approx(2.5 * 16000, abs=700)
     at_last = dialogue((0.1, 2.4), (3.0, 4.0)).answers[0]
-    assert at_last.delay == pytest.approx(1.0, abs=0.021) and len(at_last.clip) == pytest.approx(2 * 16000, abs=700)
+    assert at_last.delay == pytest.approx(1.0, abs=0.021) and len(at_last.clip) == pytest.approx(2.5 * 16000, abs=700)
 
 
 def test_answers_that_were_broken_off_are_not_judged():
