@@ -6,14 +6,16 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm import rope as rotary
+from mm.kernels import values
 from mm.kernels.choice import choose
 from mm.kernels.problem import Bias, Problem, check
 from mm.kernels.tiled import tiled
+from mm.kernels.values import debug
 from mm.rope import Turn
 from mm.spec import EVERYWHERE, Sight
 from mm.visibility import At, Seen
 
-__all__ = ["attend", "explain"]
+__all__ = ["attend", "debug", "explain"]
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, sight: Sight = EVERYWHERE,
@@ -25,12 +27,14 @@ def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, sight: Sight 
     q_at, k_at: where the tokens are; with `sight` they decide who sees whom. q_turn, k_turn: rotary embeddings still to
     be applied (keys from a cache come rotated). bias: called per tile, added to the scores after the softcap.
     seen: what `visible(q_at, k_at, sight)` gives, where the caller has it already. sinks: (H,) logits that take
-    weight and give nothing. A query that sees nothing gives 0.
-    Raises InputError on mismatched shapes.
+    weight and give nothing. A query that sees nothing gives 0. Tensors may have any strides, overlapping ones included.
+    Raises InputError on shapes, dtypes or devices that do not fit; values are looked at only inside `with debug():`.
     """
     problem = Problem(q_at, k_at, sight, q.shape[-1] ** -0.5 if scale is None else scale, q_turn, k_turn, bias, sinks,
                       softcap, dropout, seen)
     check(q, k, v, problem)
+    if values.wanted:
+        values.check_values(q_at, k_at)
     path, _ = choose(q, k, v, problem)
     if path == "kernel":
         from mm.kernels.operator import by_kernel  # imports Triton

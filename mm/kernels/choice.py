@@ -68,12 +68,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None
     for name, x in (("queries", q), ("keys", k), ("values", v)):
         if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 256:
             return f"the kernel takes heads of 16, 24, ... 256 channels, and {name} have {x.shape[-1]}"
-        if x.stride(-1) != 1:
-            return f"the kernel needs adjacent channels, and those of {name} are {x.stride(-1)} apart"
     if problem.sight.first:
         return "the kernel has no first positions that stay in sight"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to compute"
     if problem.bias is not None and not hasattr(problem.bias, "by_offset"):
         return "the kernel takes biases that are a function of distance"
+    if problem.q_turn is not None and problem.k_turn is not None and (
+            problem.q_turn.layout, problem.q_turn.cos.shape[3]) != (problem.k_turn.layout, problem.k_turn.cos.shape[3]):
+        return "the kernel rotates as many channels of keys as of queries, in one layout"
     return None

@@ -15,7 +15,7 @@ from mm.errors import InputError
 from mm.kernels import triton_launch as run
 from mm.kernels.choice import FEW, SHORT, unsupported
 from mm.kernels.problem import ByOffset, Problem
-from mm.kernels.triton_launch import Call
+from mm.kernels.triton_plan import Call
 from mm.rope import Turn
 
 TENSORS = 16  # of the arguments
@@ -29,60 +29,92 @@ GIVEN = ", ".join([
 @torch.library.custom_op("mm::attention", mutates_args=(), schema=f"({GIVEN}) -> (Tensor, Tensor)")
 def attention(*given: Any) -> tuple[Tensor, Tensor]:
     """q (B, H, T, E), k (B, K, S, E), v (B, K, S, F) -> out (B, H, T, F) and, for the backward pass, (B, H, T) sums."""
-    return run.attention(Call(*given))
+    with torch.cuda.device_of(given[0]):
+        return run.attention(Call(*given))
 
 
 @attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
-    return q.new_empty(*q.shape[:3], v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
+    return run.by_token(q, v.shape[3]), q.new_empty(q.shape[:3], dtype=torch.float32)
 
 
 @torch.library.custom_op("mm::attention_backward", mutates_args=(),
                          schema=f"(Tensor grad, Tensor out, Tensor lse, {GIVEN}) -> ({', '.join(['Tensor'] * 5)})")
 def attention_backward(grad: Tensor, out: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, ...]:
     """Gradients of q, k, v, sinks and bias; the last two are empty where there are none."""
-    return run.gradients(Call(*given), grad, out, lse)
+    with torch.cuda.device_of(grad):
+        return run.gradients(Call(*given), grad, out, lse)
 
 
 @attention_backward.register_fake
 def _(grad: Tensor, out: Tensor, lse: Tensor, *given: Any) -> tuple[Tensor, ...]:
     call = Call(*given)
-    some = (call.q, call.k, call.v, call.sinks, call.bias if call.buckets is not None else None)
-    return tuple(call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in some)
+    weights = (call.sinks, None if call.buckets is None else call.bias)
+    return (*(run.by_token(x) for x in (call.q, call.k, call.v)),
+            *(call.q.new_empty(0) if x is None else x.new_empty(x.shape) for x in weights))
 
 
-def remember(ctx: Any, inputs: tuple, output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*output, *inputs[:TENSORS])
-    ctx.rest = inputs[TENSORS:]
+class Attention(torch.autograd.Function):
+    """`mm::attention` with its gradient. (`register_autograd` does the same, four times as slowly on the host.)"""
 
+    @staticmethod
+    def forward(ctx: Any, *given: Any) -> Tensor:
+        out, lse = attention(*given)
+        ctx.save_for_backward(out, lse, *given[:TENSORS])
+        ctx.rest = given[TENSORS:]
+        return out
 
-def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    out, lse, *tensors = ctx.saved_tensors
-    grads = attention_backward(grad if grad.stride(-1) == 1 else grad.contiguous(), out, lse, *tensors, *ctx.rest)
-    given = [x is not None for x in tensors[:4]] + [tensors[5] is not None]
-    return (*(x if there else None for x, there in zip(grads, given, strict=True)), *[None] * (len(tensors) - 5),
-            *[None] * len(ctx.rest))
-
-
-attention.register_autograd(backward, setup_context=remember)
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        out, lse, *tensors = ctx.saved_tensors
+        grads = attention_backward(dense(grad), out, lse, *tensors, *ctx.rest)
+        there = [x is not None for x in (*tensors[:4], tensors[5])]
+        return (*(x if given else None for x, given in zip(grads, there, strict=True)),
+                *[None] * (TENSORS - 5 + len(ctx.rest)))
 
 
 def by_kernel(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """`attend` by the kernel. Raises InputError for what it does not support."""
+    return Attention.apply(*arguments(q, k, v, problem))
+
+
+def arguments(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Any, ...]:
+    """Those of `mm::attention`."""
     if (reason := unsupported(q, k, v, problem)) is not None:
         raise InputError(f"attend: {reason}")
     q, q_turn = before(q, problem.q_turn, k.shape[2])
     k, k_turn = before(k, problem.k_turn, q.shape[2])
-    bias = ByOffset(None) if problem.bias is None else problem.bias.by_offset(q.device)
+    bias = by_offset(problem, q)
     regular = problem.q_at.regular and problem.k_at.regular and problem.k_at.prefix is None
-    turns = [getattr(turn, name, None) for turn in (q_turn, k_turn) for name in ("cos", "sin")]
+    turns = [None if turn is None else dense(getattr(turn, name)) for turn in (q_turn, k_turn)
+             for name in ("cos", "sin")]
     interleaved = any(turn is not None and turn.layout == "interleaved" for turn in (q_turn, k_turn))
     seed = torch.randint(2**31 - 1, (1,), device=q.device) if problem.dropout else None
     sight = (-1 if far is None else far for far in (problem.sight.left, problem.sight.right, problem.sight.chunk))
-    out, _ = attention(q, k, v, problem.sinks, bias.weight, bias.buckets, seed,
-                       *([None] * 5 if regular else lines(problem)), *turns, interleaved, regular, *sight,
-                       problem.scale, problem.softcap, problem.dropout)
-    return out
+    sinks = None if problem.sinks is None else problem.sinks.contiguous()
+    tensors = (dense(q), dense(k), dense(v), sinks, bias.weight, bias.buckets, seed,
+               *([None] * 5 if regular else lines(problem)), *turns)
+    if (other := next((x.device for x in tensors if x is not None and x.device != q.device), None)) is not None:
+        raise InputError(f"attend: all tensors must be on {q.device}, not on {other}")
+    return (*tensors, interleaved, regular, *sight, problem.scale, problem.softcap, problem.dropout)
+
+
+def dense(x: Tensor) -> Tensor:
+    """x (B, H, T, E) as the kernels read it, a copy if need be: channels side by side, all else that a tile holds at
+    most 2**31 numbers apart. Heads may overlap; nothing is ever written to them."""
+    if x.stride(3) == 1 and 128 * x.stride(2) + x.shape[1] * x.stride(1) < 2**31:
+        return x
+    return x.transpose(1, 2).contiguous().transpose(1, 2)
+
+
+def by_offset(problem: Problem, q: Tensor) -> ByOffset:
+    """The bias as the kernels compute it. Raises InputError where it is made for other heads."""
+    if problem.bias is None:
+        return ByOffset(None)
+    bias = problem.bias.by_offset(q.device)
+    if bias.weight.shape[-1] != q.shape[1]:
+        raise InputError(f"attend: a bias for {bias.weight.shape[-1]} heads does not fit {q.shape[1]} query heads")
+    return bias
 
 
 def before(x: Tensor, turn: Turn | None, others: int) -> tuple[Tensor, Turn | None]:

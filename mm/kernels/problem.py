@@ -60,21 +60,51 @@ class Problem:
 
 
 def check(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> None:
-    """Shapes and dtypes of a call; raises `InputError`, never reads values."""
+    """Shapes, dtypes and ranges of a call; raises `InputError`, never reads a tensor's values (`debug` does)."""
+    check_heads(q, k, v)
+    (b, h, t, _), s = q.shape, k.shape[2]
+    if problem.sinks is not None and tuple(problem.sinks.shape) != (h,):
+        raise InputError(f"attend: {h} query heads need sinks ({h},), not {tuple(problem.sinks.shape)}")
+    if problem.softcap < 0 or not 0 <= problem.dropout < 1:
+        raise InputError(f"attend: softcap must not be negative and dropout lie in 0..1, not {problem.softcap} and "
+                         f"{problem.dropout}")
+    for name, at, length in (("q_at", problem.q_at, t), ("k_at", problem.k_at, s)):
+        check_place(name, at, b, length)
+    for name, turn, x in (("q_turn", problem.q_turn, q), ("k_turn", problem.k_turn, k)):
+        if turn is not None:
+            check_turn(name, turn, x)
+
+
+def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if x.ndim != 4:
             raise InputError(f"attend: {name} must be (B, H, T, E), not of shape {tuple(x.shape)}")
-    (b, h, t, e), (bk, kv, s, ek) = q.shape, k.shape
+    (b, h, _, e), (bk, kv, _, ek) = q.shape, k.shape
     if b != bk or v.shape[:3] != k.shape[:3]:
         raise InputError(f"attend: q {tuple(q.shape)}, k {tuple(k.shape)} and v {tuple(v.shape)} do not fit together")
     if e != ek:
         raise InputError(f"attend: queries are {e} wide and keys {ek}")
-    if h % kv:
+    if kv == 0 or h % kv:
         raise InputError(f"attend: {h} query heads cannot share {kv} key/value heads")
     if not q.dtype == k.dtype == v.dtype:
         raise InputError(f"attend: q, k and v must have one dtype, not {q.dtype}, {k.dtype}, {v.dtype}")
-    if problem.sinks is not None and tuple(problem.sinks.shape) != (h,):
-        raise InputError(f"attend: {h} query heads need sinks ({h},), not {tuple(problem.sinks.shape)}")
-    for name, at, length in (("q_at", problem.q_at, t), ("k_at", problem.k_at, s)):
-        if at.position.ndim != 2 or at.position.shape[1] != length or at.position.shape[0] not in (1, b):
-            raise InputError(f"attend: {name} has positions {tuple(at.position.shape)} for {b} rows of {length} tokens")
+    if not q.device == k.device == v.device:
+        raise InputError(f"attend: q, k and v must be on one device, not {q.device}, {k.device}, {v.device}")
+
+
+def check_place(name: str, at: At, batch: int, length: int) -> None:
+    place = at.position
+    if place.ndim != 2 or place.shape[1] != length or place.shape[0] not in (1, batch):
+        raise InputError(f"attend: {name} has positions {tuple(place.shape)} for {batch} rows of {length} tokens")
+    if place.is_floating_point():
+        raise InputError(f"attend: positions of {name} must be integers, not {place.dtype}")
+    for what, x in (("documents", at.document), ("a prefix", at.prefix)):
+        if x is not None and (x.ndim != 2 or x.shape[1] != length or x.shape[0] not in (1, batch)):
+            raise InputError(f"attend: {name} has {what} {tuple(x.shape)} for {batch} rows of {length} tokens")
+
+
+def check_turn(name: str, turn: Turn, x: Tensor) -> None:
+    shape, (b, h, t, e) = tuple(turn.cos.shape), x.shape
+    fits = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, h) and shape[2] == t and shape[3] <= e
+    if not fits or turn.sin.shape != turn.cos.shape:
+        raise InputError(f"attend: {name} has rotations {shape}, which do not fit tokens of shape {tuple(x.shape)}")

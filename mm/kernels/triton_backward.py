@@ -7,6 +7,7 @@ import triton
 import triton.language as tl
 
 from .triton_forward import ranges
+from .triton_sight import locate, sees, span
 from .triton_tile import (
     base,
     dots,
@@ -14,11 +15,9 @@ from .triton_tile import (
     keeps,
     load_keyed,
     load_values,
-    locate,
+    place,
     row_values,
     rows_of,
-    sees,
-    span,
     store_keyed,
     store_values,
     turn_back,
@@ -76,8 +75,10 @@ def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_turn, bias, seed,
 @triton.jit
 def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
                      plan: tl.constexpr):
-    """Grid (tiles of queries, K, B). Writes dq and delta (B, H, T): the sum over channels of out * grad."""
-    tile, kv_head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (tiles of queries * B, K). Writes dq and delta (B, H, T): the sum over channels of out * grad."""
+    tiles = tl.cdiv(T * plan.group, plan.rows)
+    tile, kv_head, b = place(tiles)
+    tile = tiles - 1 - tile
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
@@ -170,8 +171,8 @@ def reaching(spans, b, tile, T, S, plan: tl.constexpr):
 @triton.jit
 def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
                   plan: tl.constexpr):
-    """Grid (tiles of keys, K, B). Query heads that share keys are summed here."""
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (tiles of keys * B, K). Query heads that share keys are summed here."""
+    tile, kv_head, b = place(tl.cdiv(S, plan.keys))
     first = tile * plan.keys
     local = tl.arange(0, plan.keys)
     key = first + local

@@ -7,15 +7,16 @@ import triton.language as tl
 
 from .triton_backward import query_step
 from .triton_forward import ranges
-from .triton_tile import load_keyed, load_values, locate, row_values, rows_of, wide
+from .triton_sight import locate
+from .triton_tile import load_keyed, load_values, place, row_values, rows_of, wide
 
 
 @triton.jit
 def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
                   plan: tl.constexpr):
-    """Grid (tiles of queries, K, B): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
+    """Grid (tiles of queries * B, K): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
     buckets between the least and the greatest offset of a tile are looked at: one, far from the diagonal."""
-    tile, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    tile, kv_head, b = place(tl.cdiv(T * plan.group, plan.rows))
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T

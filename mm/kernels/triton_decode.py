@@ -7,15 +7,17 @@ import triton
 import triton.language as tl
 
 from .triton_forward import begin, step
-from .triton_tile import load_keyed, locate, rows_of, store_values, wide
+from .triton_sight import locate
+from .triton_tile import load_keyed, place, rows_of, store_values, wide
 
 
 @triton.jit
 def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, scale, T, S, run,
            plan: tl.constexpr):
-    """Grid (splits, K, B), all rows in one tile. Split i takes the keys i * run..(i + 1) * run and writes its output to
-    parts (B, splits * H, T, F) and its log2 of sums to sums (B, splits * H, T), both float32."""
-    split, kv_head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (splits * B, K), all rows in one tile. Split i takes the keys i * run..(i + 1) * run and writes its output
+    to parts (B, splits * H, T, F) and its log2 of sums to sums (B, splits * H, T), both float32."""
+    splits = tl.cdiv(S, run)
+    split, kv_head, b = place(splits)
     start, offsets, token, head = rows_of(q, b, kv_head, 0, plan)
     inside = token < T
     q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
@@ -36,14 +38,14 @@ def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, 
     if plan.v2 > 0:
         out2 *= share[:, None]
     store_values(start + split * heads * parts.head, offsets, inside, out1 * share[:, None], out2, plan)
-    here = wide((b * tl.num_programs(0) + split) * heads + head) * T + token
+    here = wide((b * splits + split) * heads + head) * T + token
     tl.store(sums + here, tl.where(total == 0.0, -float("inf"), peak + tl.log2(total)), mask=inside)
 
 
 @triton.jit
 def join(parts, sums, out, lse, T, splits, width: tl.constexpr, padded: tl.constexpr):
-    """Grid (T, H, B): the parts of one row, weighted by their sums."""
-    token, head, b = tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (T * B, H): the parts of one row, weighted by their sums."""
+    token, head, b = place(T)
     heads = tl.num_programs(1)
     column = tl.arange(0, padded)
     total, peak, mixed = 0.0, -float("inf"), tl.full([padded], 0.0, tl.float32)

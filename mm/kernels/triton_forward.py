@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from .triton_sight import locate, sees, span
 from .triton_tile import (
     LOG2E,
     base,
@@ -13,11 +14,9 @@ from .triton_tile import (
     keeps,
     load_keyed,
     load_values,
-    locate,
+    place,
     row_values,
     rows_of,
-    sees,
-    span,
     store_values,
 )
 
@@ -90,8 +89,10 @@ def ranges(spans, b, tile, T, S, plan: tl.constexpr):
 
 @triton.jit
 def forward(q, k, v, out, lse, q_at, k_at, q_turn, k_turn, sinks, bias, seed, spans, scale, T, S, plan: tl.constexpr):
-    """Grid (tiles, K, B). out: like q with the width of v; lse (B, H, T): log2 of each row's sum, inf where it is 0."""
-    tile, kv_head, b = tl.num_programs(0) - 1 - tl.program_id(0), tl.program_id(1), tl.program_id(2)
+    """Grid (tiles * B, K). out: (B, H, T, F); lse: (B, H, T) log2 of each row's sum, inf where it is 0."""
+    tiles = tl.cdiv(T * plan.group, plan.rows)
+    tile, kv_head, b = place(tiles)
+    tile = tiles - 1 - tile  # the longest causal rows begin first
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T

@@ -9,7 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tile import locate
+from .triton_sight import locate
+from .triton_tile import place
 
 BLOCK: tl.constexpr = tl.constexpr(1024)  # tokens of the other side that are looked at in one step
 
@@ -46,9 +47,10 @@ def within(x, low, high, back, ahead, unlimited, plan: tl.constexpr):
 
 @triton.jit
 def reach_keys(spans, q_at, k_at, T, S, plan: tl.constexpr):
-    """Grid (tiles of queries, B): spans (B, tiles, 2) gets the first key that some row may see and the one after the
+    """Grid (tiles of queries * B,): spans (B, tiles, 2) gets the first key that some row may see and the one after the
     last."""
-    tile, b = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(T * plan.group, plan.rows)
+    tile, every_head, b = place(tiles)
     token = (tile * plan.rows + tl.arange(0, plan.rows)) // plan.group
     inside = token < T
     q, document, _ = locate(q_at, b, token, inside)
@@ -63,16 +65,17 @@ def reach_keys(spans, q_at, k_at, T, S, plan: tl.constexpr):
         near = near | (k == -2)
         start = tl.minimum(start, tl.min(tl.where(near, key, S), 0))
         end = tl.maximum(end, tl.max(tl.where(near, key + 1, 0), 0))
-    here = spans + (b * tl.num_programs(0) + tile) * 2
+    here = spans + (b * tiles + tile) * 2
     tl.store(here, tl.minimum(start, end))
     tl.store(here + 1, end)
 
 
 @triton.jit
 def reach_queries(spans, q_at, k_at, T, S, plan: tl.constexpr):
-    """Grid (tiles of keys, B): spans (B, tiles, 2) gets the first query that may see some key and the one after the
+    """Grid (tiles of keys * B,): spans (B, tiles, 2) gets the first query that may see some key and the one after the
     last."""
-    tile, b = tl.program_id(0), tl.program_id(1)
+    tiles = tl.cdiv(S, plan.keys)
+    tile, every_head, b = place(tiles)
     key = tile * plan.keys + tl.arange(0, plan.keys)
     k, document, prefix = locate(k_at, b, key, key < S)
     exists = k >= 0
@@ -90,6 +93,6 @@ def reach_queries(spans, q_at, k_at, T, S, plan: tl.constexpr):
         near = (near | everyone) & inside
         start = tl.minimum(start, tl.min(tl.where(near, token, T), 0))
         end = tl.maximum(end, tl.max(tl.where(near, token + 1, 0), 0))
-    here = spans + (b * tl.num_programs(0) + tile) * 2
+    here = spans + (b * tiles + tile) * 2
     tl.store(here, tl.minimum(start, end))
     tl.store(here + 1, end)

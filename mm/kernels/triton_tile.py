@@ -1,4 +1,4 @@
-"""What every Triton kernel shares: loading and rotating a tile, who sees whom, scores, dropout, ranges of tiles.
+"""What every Triton kernel shares: loading and rotating a tile, scores, dropout.
 
 A head is handled as two column parts. Unrotated, the first is its largest power of two and the second what is left
 (80 = 64 + 16, 192 = 128 + 64), so that no width is padded to the next power; rotated on load, the parts are the two
@@ -41,6 +41,7 @@ class Where(NamedTuple):
     position: Line | None
     document: Line | None
     prefix: Line | None
+    end: None = None  # Triton 3.6 loses the constants of a tuple behind a None, unless another None comes last
 
 
 class Turned(NamedTuple):
@@ -85,6 +86,12 @@ class Plan:
 def wide(x):
     """A 64-bit integer."""
     return x + tl.full([], 0, tl.int64)
+
+
+@triton.jit
+def place(tiles):
+    """(tile, key head, batch row) of a program in a grid (tiles * B, K): grids are long in their first axis alone."""
+    return tl.program_id(0) % tiles, tl.program_id(1), tl.program_id(0) // tiles
 
 
 @triton.jit
@@ -224,73 +231,32 @@ def row_values(x, b, kv_head, head, token, T, plan: tl.constexpr):
     return x + wide(b * tl.num_programs(1) * plan.group + first) * T + ((head - first) * T + token)
 
 
-# ------------------------------------------------------------------------------------------- who sees whom
-@triton.jit
-def read(line, b, index, inside, other: tl.constexpr):
-    return tl.load(line.data + wide(b) * line.batch + wide(index) * line.token, mask=inside, other=other)
-
-
-@triton.jit
-def locate(at, b, index, inside):
-    """Positions, documents and prefix flags of tokens; what is not given is the position again."""
-    position = index
-    if at.position is not None:
-        position = read(at.position, b, index, inside, -1).to(tl.int32)
-    document, prefix = position, position
-    if at.document is not None:
-        document = read(at.document, b, index, inside, -1)
-    if at.prefix is not None:
-        prefix = read(at.prefix, b, index, inside, 0).to(tl.int32)
-    return position, document, prefix
-
-
-@triton.jit
-def sees(q, q_document, k, k_document, k_prefix, k_inside, plan: tl.constexpr):
-    """`mm.visibility.visible` for positions that broadcast against each other."""
-    seen = k_inside if plan.regular else k >= 0
-    if plan.right is not None:
-        near = k <= q + plan.right
-        if plan.prefix:
-            near = near | (k_prefix != 0)
-        seen = seen & near
-    if plan.left is not None:
-        seen = seen & (k >= q - plan.left)
-    if plan.chunk is not None:  # one chunk further, since division rounds negative positions towards 0
-        seen = seen & ((k + plan.chunk) // plan.chunk == (q + plan.chunk) // plan.chunk)
-    if plan.documents:
-        seen = seen & (q_document == k_document)
-    if not plan.regular:
-        seen = seen | (k == -2)
-    return seen
-
-
-@triton.jit
-def span(first, last, length, back, ahead, per, step, plan: tl.constexpr):
-    """Tiles that a plain run of tokens first..last reaches on the other side: (start, a, z, end), where a..z are seen
-    whole by every token. `back` and `ahead` say how far they reach, `per` rows a token takes there, `step` a tile."""
-    low, high, inner_low, inner_high = first * 0, length, first * 0, length
-    if back is not None:
-        low, inner_low = tl.maximum(low, first - back), tl.maximum(inner_low, last - back)
-    if ahead is not None:
-        high, inner_high = tl.minimum(high, last + ahead + 1), tl.minimum(inner_high, first + ahead + 1)
-    if plan.chunk is not None:
-        low = tl.maximum(low, first // plan.chunk * plan.chunk)
-        inner_low = tl.maximum(inner_low, last // plan.chunk * plan.chunk)
-        high = tl.minimum(high, (last // plan.chunk + 1) * plan.chunk)
-        inner_high = tl.minimum(inner_high, (first // plan.chunk + 1) * plan.chunk)
-    start, end = low * per // step, tl.cdiv(tl.maximum(high, low) * per, step)
-    a = tl.minimum(tl.cdiv(inner_low * per, step), end)
-    return start, a, tl.maximum(tl.minimum(inner_high * per // step, end), a), end
-
-
 # ------------------------------------------------------------------------------------------------- scores
 @triton.jit
 def dots(x1, x2, y1, y2, second: tl.constexpr):
-    """Products of two tiles given in parts; float32 is multiplied as such, not as TF32."""
-    s = tl.dot(x1, tl.trans(y1), input_precision="ieee")
-    if second > 0:
-        s = tl.dot(x2, tl.trans(y2), s, input_precision="ieee")
+    """Products of two tiles given in parts."""
+    if x1.dtype == tl.float32:
+        s = exactly(x1, y1)
+        if second > 0:
+            s += exactly(x2, y2)
+    else:
+        s = tl.dot(x1, tl.trans(y1))
+        if second > 0:
+            s = tl.dot(x2, tl.trans(y2), s)
     return s
+
+
+@triton.jit
+def exactly(x, y):
+    """Products of two float32 tiles as such, not as TF32, 16 channels at a time: more need too many registers."""
+    count: tl.constexpr = tl.cdiv(x.shape[1], 16)
+    return tl.sum(tl.dot(chunked(x, count), tl.permute(chunked(y, count), (0, 2, 1)), input_precision="ieee"), 0)
+
+
+@triton.jit
+def chunked(x, count: tl.constexpr):
+    """(rows, channels) -> (count, rows, channels / count)."""
+    return tl.permute(tl.reshape(x, (x.shape[0], count, x.shape[1] // count)), (1, 0, 2))
 
 
 @triton.jit

@@ -3,29 +3,59 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+import sys
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from mm import rope
 from mm.errors import InputError
 from mm.kernels.problem import Problem
-from mm.positions import BucketBias
-from mm.spec import CAUSAL, EVERYWHERE, Buckets, Rope, Sight
-from mm.visibility import At, along, packed
+from mm.spec import CAUSAL, Buckets, Rope, Sight
 
-from .attention_check import check_all
+from .attention_check import LONG, TOLERANCE, checks
+from .attention_compile import MATRIX, in_processes, try_compiling
 from .attention_compile import measure as compiled
-from .attention_peers import flash, flex, masked_sdpa, sdpa
-from .report import Case, Timing, report
+from .attention_peers import flex, masked, plain, rotated_first
+from .attention_questions import CHECKED, Question, weights
+from .attention_time import (
+    Lost,
+    Peer,
+    Run,
+    against,
+    attempt,
+    both_ways,
+    captured,
+    compare,
+    forward_alone,
+    in_a_graph,
+    milliseconds,
+)
+from .report import Case, report
 
-Run = Callable[[], Tensor]
-WINDOW = Sight(left=1023, right=0)
-BATCHES, CONTEXTS = (1, 8, 64), (4096, 32768, 131072)
+CAUSALLY = dict(sight=CAUSAL)
+# TFLOP/s to reach on one H200, None where only told: forward, backward, and forward where warps specialise
+PLAIN = {"head 128, full, 8192 tokens": (Question(), 480, 300, 560),
+         "head 128, causal, 8192 tokens": (Question(**CAUSALLY), 430, None, None),
+         "head 64, full, 8192 tokens": (Question(heads=32, kv=32, width=64), 400, None, None)}
+LONGER = dict(batch=1, kv=4, length=16384)
+# how many times faster than SDPA with a mask and than FlexAttention
+BEYOND = {"window 1024 in 16384, GQA 4:1": (Question(**LONGER, sight=Sight(left=1023, right=0)), 2.0, 1.2),
+          "packed documents of 512 in 16384, GQA 4:1": (Question(**LONGER, tokens="documents", **CAUSALLY), 3.0, 1.1),
+          "softcap, causal, 8192 tokens": (Question(softcap=30.0, **CAUSALLY), None, 1.5),
+          "T5 bias, 8192 tokens": (Question(bias=Buckets()), None, 1.5)}
+SINKS = Question(sinks=True, **CAUSALLY)
+# how many times faster than RoPE, then SDPA
+ROTATED = {"ViT-B/16, 256 x 197 tokens": (Question(batch=256, heads=12, kv=12, length=197, width=64, rope=Rope()), 1.2),
+           **{f"depth transformer, 512 x {length} tokens": (
+               Question(batch=512, length=length, width=64, rope=Rope(), **CAUSALLY), 2.0) for length in (8, 32)}}
+CACHES = 2**29  # bytes
+DECODED = {f"decode, batch {batch}, context {context}, GQA 8:1": Question(
+    batch=batch, heads=32, kv=4, length=1, keys=context, tokens="ring", **CAUSALLY)
+    for batch in (1, 8, 64) for context in (4096, 32768, 131072) if batch * context <= 2**22}
 
 
 def attention(argv: list[str]) -> int:
@@ -40,149 +70,136 @@ def attention(argv: list[str]) -> int:
     if not torch.cuda.is_available():
         raise InputError("mm bench attention --suite full times kernels on a CUDA GPU, and this machine has none "
                          "(--suite compile needs none)")
-    check_all()
-    return report(f"attention on {torch.cuda.get_device_name()}", measure(), packages=("torch", "triton"),
-                  json_file=args.json)
+    return report("attention", full(torch.device("cuda")), packages=("torch", "triton"), json_file=args.json)
 
 
-def measure() -> list[Case]:
-    ceiling, bandwidth = matmul_ceiling(), copy_bandwidth()
-    facts = [Case(case="bf16 matrix product", ours=ceiling, unit="TFLOP/s"),
-             Case(case="copy in memory", ours=bandwidth, unit="TB/s")]
-    return [*facts, *plain(ceiling), *beyond(), *rotated(), *decoding(bandwidth)]
+def full(device: torch.device) -> list[Case]:
+    """Checks, then timings; what fails is a line of its own, and a GPU that is lost ends the list."""
+    torch.manual_seed(0)
+    cases: list[Case] = []
+    try:
+        compiled_ahead(device)
+        for case in chain(checks(device), measure(device)):
+            cases.append(case)
+    except Lost as lost:
+        cases.append(Case(case="all that follows", ours=None, unit="", note=f"the GPU was lost: {lost}"))
+    return cases
 
 
-def milliseconds(run: Callable[[], Any]) -> float:
-    """Median of many calls, caches flushed between them."""
-    from triton.testing import do_bench
+def compiled_ahead(device: torch.device) -> None:
+    """All kernels at once on all cores; one by one it would take ten minutes."""
+    major, minor = torch.cuda.get_device_capability(device) if device.type == "cuda" else (0, 0)
+    if 10 * major + minor in MATRIX:
+        print("compiling", file=sys.stderr)
+        attempt(lambda: in_processes(try_compiling, [(*asked, 10 * major + minor) for asked in everything()]))
 
-    return do_bench(run, warmup=50, rep=300, quantiles=[0.5])
+
+def everything() -> Iterator[tuple[Question, torch.dtype]]:
+    for dtype in TOLERANCE:
+        yield from ((question, dtype) for question in CHECKED.values())
+    timed = [*(given[0] for given in (*PLAIN.values(), *BEYOND.values(), *ROTATED.values())), SINKS, LONG,
+             *DECODED.values()]
+    yield from ((question, torch.bfloat16) for question in timed)
 
 
-def matmul_ceiling(size: int = 8192) -> float:
-    x = torch.randn(size, size, device="cuda", dtype=torch.bfloat16)
+def measure(device: torch.device) -> Iterator[Case]:
+    found, failure = attempt(lambda: (matmul_ceiling(device), copy_bandwidth(device)))
+    ceiling, bandwidth = found or (None, None)
+    yield Case(case="bf16 matrix product", ours=ceiling, unit="TFLOP/s", note=failure)
+    yield Case(case="copy in memory", ours=bandwidth, unit="TB/s", note=failure)
+    for name, (question, *floors) in PLAIN.items():
+        yield from plain_run(name, question, floors, ceiling, device)
+    for name, (question, over_mask, over_flex) in BEYOND.items():
+        q, k, v, problem, mine = made(question, device)
+        peers = {} if over_mask is None else {"SDPA with a mask": Peer(partial(masked, q, k, v, problem), over_mask)}
+        peers["FlexAttention"] = Peer(partial(flex, q, k, v, problem), over_flex)
+        yield from compare(name, mine, peers, [q, k, v, *weights(problem)])
+    yield from sinks(device)
+    for name, (question, at_least) in ROTATED.items():
+        q, k, v, problem, mine = made(question, device)
+        for timed, asked in ((both_ways, None), (in_a_graph, at_least)):
+            peer = {"RoPE, then SDPA": Peer(partial(rotated_first, q, k, v, problem), asked)}
+            yield from compare(f"rotation and attention, {name}", mine, peer, [q, k, v], timed)
+    for name, question in DECODED.items():
+        yield decoded(name, question, bandwidth, device)
+
+
+def made(question: Question, device: torch.device) -> tuple[Any, ...]:
+    """q, k, v, the problem, and our call."""
+    from mm.kernels.operator import by_kernel
+
+    qkv, problem = question.tensors(device, torch.bfloat16), question.problem(device)
+    return *qkv, problem, partial(by_kernel, *qkv, problem)
+
+
+def plain_run(name: str, question: Question, floors: list[float | None], ceiling: float | None,
+              device: torch.device) -> Iterator[Case]:
+    """TFLOP/s, on Hopper also of the kernel whose warps specialise, and the vendors' kernels."""
+    q, k, v, problem, mine = made(question, device)
+    flops = 4 * q.numel() * question.length / (2 if question.sight == CAUSAL else 1)
+    spent, failure = attempt(lambda: both_ways(mine, [q, k, v]))
+    for way, times, floor in zip(("forward", "backward"), (1.0, 2.5), floors, strict=False):
+        yield from speed(f"{name}, {way}", spent and times * flops / spent[way] / 1e9, floor, ceiling, failure)
+    if device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0):
+        spent, failure = attempt(lambda: against(mine, by_hopper(q, k, v, problem), [], forward_alone))
+        yield from speed(f"{name}, forward where warps specialise", spent and flops / spent["forward"] / 1e9, floors[2],
+                         ceiling, failure)
+    yield from compare(name, mine, plain(q, k, v, problem), [q, k, v])
+
+
+def speed(name: str, reached: float | None, floor: float | None, ceiling: float | None,
+          failure: str | None) -> Iterator[Case]:
+    """TFLOP/s, and their share of a matrix product's."""
+    yield Case(case=name, ours=reached, peer=floor, unit="TFLOP/s", at_least=floor and 1.0,
+               ratio=floor and reached and reached / floor, note=failure)
+    yield Case(case=f"{name}, share of a matrix product's", ours=reached and ceiling and reached / ceiling, unit="",
+               note=failure)
+
+
+def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+    """The forward pass by `forward_hopper`, which nothing else chooses before it is measured."""
+    from mm.kernels.operator import arguments
+    from mm.kernels.triton_launch import by_token, forward_on_hopper
+    from mm.kernels.triton_plan import Call
+
+    def run() -> Tensor:
+        call, out = Call(*arguments(q, k, v, problem)), by_token(q, v.shape[3])
+        forward_on_hopper(call, out, q.new_empty(q.shape[:3], dtype=torch.float32))
+        return out
+    return run
+
+
+def sinks(device: torch.device) -> Iterator[Case]:
+    q, k, v, problem, mine = made(SINKS, device)
+    spent, failure = attempt(lambda: both_ways(mine, [q, k, v, problem.sinks]))
+    for way in ("forward", "backward"):
+        yield Case(case=f"learned sinks, causal, 8192 tokens, {way} (nobody else trains them)",
+                   ours=spent and spent[way] / 1e3, unit="s", note=failure)
+
+
+def decoded(name: str, question: Question, bandwidth: float | None, device: torch.device) -> Case:
+    """The share of the memory bandwidth at which keys and values are read, in a CUDA graph as decoding runs; over as
+    many caches in turn as no on-chip memory holds."""
+    read = 2 * 2 * question.batch * question.kv * question.keys * question.width  # bytes
+
+    def run() -> float:
+        calls = [made(question, device)[-1] for _ in range(-(-CACHES // read))]
+        return captured(lambda: [call() for call in calls]) / len(calls)
+    with torch.no_grad():
+        spent, failure = attempt(run)
+    share = spent and bandwidth and read / spent / 1e9 / bandwidth
+    return Case(case=f"{name}, share of the bandwidth", ours=share, peer=1.0, ratio=share and share / 0.8, at_least=1.0,
+                unit="", note=failure)
+
+
+def matmul_ceiling(device: torch.device, size: int = 8192) -> float:
+    """TFLOP/s."""
+    x = torch.randn(size, size, device=device, dtype=torch.bfloat16)
     return 2 * size**3 / milliseconds(lambda: x @ x) / 1e9
 
 
-def copy_bandwidth(count: int = 2**30) -> float:
-    x = torch.empty(count, device="cuda", dtype=torch.int8)
+def copy_bandwidth(device: torch.device, count: int = 2**30) -> float:
+    """TB/s."""
+    x = torch.empty(count, device=device, dtype=torch.int8)
     y = torch.empty_like(x)
     return 2 * count / milliseconds(lambda: y.copy_(x)) / 1e9
-
-
-def tensors(batch: int, heads: int, kv: int, length: int, keys: int, width: int) -> list[Tensor]:
-    shapes = ((batch, heads, length, width), (batch, kv, keys, width), (batch, kv, keys, width))
-    return [torch.randn(shape, device="cuda", dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-
-
-def ours(q: Tensor, k: Tensor, v: Tensor, q_at: At, k_at: At, sight: Sight = EVERYWHERE, **more: Any) -> Tensor:
-    from mm.kernels.operator import by_kernel
-
-    return by_kernel(q, k, v, Problem(q_at, k_at, sight, q.shape[-1] ** -0.5, **more))
-
-
-def both_ways(run: Run, leaves: list[Tensor]) -> tuple[float, float]:
-    """Milliseconds of the forward and of the backward pass."""
-    with torch.no_grad():
-        ahead = milliseconds(run)
-    y = run()
-    upstream = torch.randn_like(y)
-    return ahead, milliseconds(lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True))
-
-
-def compare(name: str, mine: Run, peers: dict[str, tuple[Run, float | None]], leaves: list[Tensor]) -> Iterator[Case]:
-    """Both passes against each peer that can do it: (its call, how many times faster ours should be)."""
-    own = both_ways(mine, leaves)
-    for peer, (run, at_least) in peers.items():
-        try:
-            theirs = both_ways(run, leaves)
-        except (RuntimeError, ValueError) as error:
-            print(f"{name}: {peer} cannot: {str(error).splitlines()[0]}")
-            continue
-        for way, a, b in zip(("forward", "backward"), own, theirs, strict=True):
-            yield Case.timed(f"{name}, {way}, against {peer}", Timing(ours=a / 1e3, peer=b / 1e3), at_least)
-
-
-# ------------------------------------------------------------------------------------------------- the cases
-def plain(ceiling: float) -> Iterator[Case]:
-    """Full and causal runs of 8192 tokens: TFLOP/s, the share of a matrix product's, and the vendor kernels."""
-    floors = {(128, EVERYWHERE): (480, 300), (128, CAUSAL): (430, None), (64, EVERYWHERE): (400, None)}  # TFLOP/s
-    for (width, sight), asked in floors.items():
-        heads = 2048 // width
-        q, k, v = tensors(2, heads, heads, 8192, 8192, width)
-        at = along(2, 8192, device=q.device)
-        causal = sight == CAUSAL
-        name = f"head {width}, {'causal' if causal else 'full'}, 8192 tokens"
-        flops = 4 * q.numel() * 8192 / (2 if causal else 1)
-        mine = partial(ours, q, k, v, at, at, sight)
-        for way, spent, times, floor in zip(("forward", "backward"), both_ways(mine, [q, k, v]), (1.0, 2.5),
-                                            asked, strict=True):
-            reached = flops * times / spent / 1e9
-            yield Case(case=f"{name}, {way}", ours=reached, peer=floor, unit="TFLOP/s", at_least=floor and 1.0,
-                       ratio=floor and reached / floor)
-            yield Case(case=f"{name}, {way}, share of a matrix product's", ours=reached / ceiling, unit="")
-        yield from compare(name, mine, {**sdpa(q, k, v, causal), **flash(q, k, v, causal)}, [q, k, v])
-
-
-def beyond() -> Iterator[Case]:
-    """What SDPA does by a mask or not at all."""
-    q, k, v = tensors(1, 16, 4, 16384, 16384, 128)
-    at = along(1, 16384, device=q.device)
-    yield from compare("window 1024 in 16384, GQA 4:1", partial(ours, q, k, v, at, at, WINDOW), {
-        "SDPA with a mask": (masked_sdpa(q, k, v, at, WINDOW), 2.0),
-        "FlexAttention": (flex(q, k, v, at, WINDOW), 1.2)}, [q, k, v])
-    lengths = torch.randint(1, 1024, (64,))  # 512 on average
-    documents = packed(torch.arange(64).repeat_interleave(lengths)[:16384].to(q.device)[None])
-    documents = pad_to(documents, 16384)
-    yield from compare("packed documents of 512 in 16384", partial(ours, q, k, v, documents, documents, CAUSAL), {
-        "SDPA with a mask": (masked_sdpa(q, k, v, documents, CAUSAL), 3.0),
-        "FlexAttention": (flex(q, k, v, documents, CAUSAL), 1.1)}, [q, k, v])
-    q, k, v = tensors(2, 16, 16, 8192, 8192, 128)
-    at = along(2, 8192, device=q.device)
-    yield from compare("softcap, causal, 8192", partial(ours, q, k, v, at, at, CAUSAL, softcap=30.0), {
-        "FlexAttention": (flex(q, k, v, at, CAUSAL, softcap=30.0), 1.5)}, [q, k, v])
-    sinks = torch.randn(16, device=q.device, requires_grad=True)
-    ahead, behind = both_ways(partial(ours, q, k, v, at, at, CAUSAL, sinks=sinks), [q, k, v, sinks])
-    yield Case(case="learned sinks, causal, 8192, forward (nobody else trains them)", ours=ahead / 1e3, unit="s")
-    yield Case(case="learned sinks, causal, 8192, backward (nobody else trains them)", ours=behind / 1e3, unit="s")
-    bias = BucketBias(Buckets(), 16).cuda()
-    leaves = [q, k, v, bias.weight]
-    yield from compare("T5 bias, 8192", partial(ours, q, k, v, at, at, bias=bias), {
-        "FlexAttention": (flex(q, k, v, at, EVERYWHERE, bias=bias), 1.5)}, leaves)
-
-
-def pad_to(at: At, length: int) -> At:
-    """Padding after the last document."""
-    return packed(F.pad(at.document, (0, length - at.document.shape[1]), value=-1))
-
-
-def rotated() -> Iterator[Case]:
-    """Rotation and attention together against one after the other."""
-    for name, batch, heads, length, at_least in (("ViT-B/16, 256 x 197 tokens", 256, 12, 197, 1.2),
-                                                 ("depth transformer, 64 x 8 tokens", 64, 16, 8, 2.0),
-                                                 ("depth transformer, 64 x 32 tokens", 64, 16, 32, 2.0)):
-        q, k, v = tensors(batch, heads, heads, length, length, 64)
-        at = along(batch, length, device=q.device)
-        turn = rope.turn(at.position[:1], Rope(), 64)
-        sight = EVERYWHERE if length == 197 else CAUSAL
-
-        def apart(q: Tensor = q, k: Tensor = k, v: Tensor = v, turn: rope.Turn = turn, causal: bool = length != 197):
-            return F.scaled_dot_product_attention(rope.apply(q, turn), rope.apply(k, turn), v, is_causal=causal)
-
-        mine = partial(ours, q, k, v, at, at, sight, q_turn=turn, k_turn=turn)
-        yield from compare(f"rotation and attention, {name}", mine, {"RoPE, then SDPA": (apart, at_least)}, [q, k, v])
-
-
-def decoding(bandwidth: float) -> Iterator[Case]:
-    """One new token over caches of many: the share of the memory bandwidth that reading keys and values reaches."""
-    for batch in BATCHES:
-        for context in CONTEXTS:
-            if batch * context > 2**22:
-                continue
-            q, k, v = (x.detach() for x in tensors(batch, 32, 4, 1, context, 128))
-            q_at = At(torch.full((batch, 1), context - 1, device=q.device))
-            k_at = At(torch.arange(context, device=q.device).expand(batch, context))
-            spent = milliseconds(partial(ours, q, k, v, q_at, k_at, CAUSAL))
-            share = (k.nbytes + v.nbytes) / spent / 1e9 / bandwidth
-            yield Case(case=f"decode, batch {batch}, context {context}, GQA 8:1, share of the bandwidth", ours=share,
-                       peer=1.0, ratio=share / 0.8, at_least=1.0, unit="")

@@ -2,74 +2,110 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
-from mm import rope
-from mm.errors import InputError
-from mm.kernels.problem import Problem
 from mm.kernels.reference import reference
-from mm.positions import AlibiBias, BucketBias
-from mm.spec import CAUSAL, EVERYWHERE, Alibi, Buckets, Rope, Sight
-from mm.visibility import At, along, packed
+from mm.spec import Sight
+
+from .attention_questions import CHECKED, Question, weights
+from .attention_time import attempt
+from .report import Case
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
-LENGTH = 333
+WHAT = ("output", "dq", "dk", "dv", "weights", "weights")
+LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, sight=Sight(left=255, right=0))
 
 
-def check_all() -> None:
-    """Raises InputError that names the first feature whose output or gradient is off."""
-    for dtype in TOLERANCE:
-        for name, shape, features in mixes(torch.device("cuda")):
-            check(f"{name}, {dtype}", tensors(dtype, **shape), features)
+def checks(device: torch.device) -> Iterator[Case]:
+    """A line for each dtype with the largest error, and one for each feature that is off or fails."""
+    for dtype, most in TOLERANCE.items():
+        errors = []
+        for name, question in CHECKED.items():
+            found, failure = attempt(lambda question=question, dtype=dtype: check(question, device, dtype))
+            what, error = ("", None) if found is None else found
+            if failure is not None or not error <= most:
+                yield line(f"{name}, {dtype} {what}", error, most, failure)
+            else:
+                errors.append(error)
+        yield line(f"{len(errors)} of {len(CHECKED)} features, {dtype}, largest error", max(errors, default=None), most,
+                   None if errors else "nothing was right")
+    for name, run, most in (("dropout, replayed", dropped, TOLERANCE[torch.float32]),
+                            ("gradients twice, difference", repeated, 1e-12),
+                            ("the last of 2**31 numbers", addressed, TOLERANCE[torch.bfloat16])):
+        error, failure = attempt(lambda run=run: run(device))
+        yield line(name, error, most, failure)
 
 
-def tensors(dtype: torch.dtype, batch: int = 2, heads: int = 4, kv: int = 2, length: int = LENGTH,
-            keys: int | None = None, width: int = 64, value_width: int | None = None) -> list[Tensor]:
-    keys = keys or length
-    shapes = ((batch, heads, length, width), (batch, kv, keys, width), (batch, kv, keys, value_width or width))
-    return [torch.randn(shape, device="cuda").to(dtype).requires_grad_() for shape in shapes]
+def line(name: str, error: float | None, most: float, failure: str | None) -> Case:
+    print(f"  check: {name}", file=sys.stderr)
+    return Case(case=f"check: {name}", ours=error, peer=most, unit="of the largest number", note=failure, at_least=1.0,
+                ratio=None if error is None else most / max(error, 1e-12))
 
 
-def mixes(device: torch.device) -> Iterator[tuple[str, dict[str, int], dict[str, Any]]]:
-    """(name, shape, what else the call gets)."""
-    at = along(2, LENGTH, device=device)
-    plain = dict(q_at=at, k_at=at)
-    documents = packed(torch.arange(LENGTH, device=device).div(50, rounding_mode="floor").expand(2, -1))
-    ragged = At(torch.where(torch.arange(LENGTH, device=device) < 200, at.position, -1))
-    for sight in (EVERYWHERE, CAUSAL, Sight(left=40, right=0), Sight(left=70, right=30), Sight(right=0, chunk=100)):
-        yield str(sight), {}, dict(plain, sight=sight)
-    yield "documents", {}, dict(q_at=documents, k_at=documents, sight=CAUSAL)
-    yield "ragged rows", {}, dict(q_at=ragged, k_at=ragged, sight=CAUSAL)
-    yield "softcap and sinks", {}, dict(plain, sight=CAUSAL, softcap=5.0,
-                                        sinks=torch.randn(4, device=device, requires_grad=True))
-    yield "T5 bias", {}, dict(plain, bias=BucketBias(Buckets(), 4).to(device))
-    yield "ALiBi", {}, dict(plain, sight=CAUSAL, bias=AlibiBias(Alibi(), 4))
-    for layout in ("half", "interleaved"):
-        turn = rope.turn(at.position, Rope(layout=layout, dim=32), 64)
-        yield f"rotation, {layout}", {}, dict(plain, q_turn=turn, k_turn=turn)
-    for width, value_width in ((32, 32), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256)):
-        yield f"heads {width}/{value_width}", dict(width=width, value_width=value_width), dict(plain, sight=CAUSAL)
-    yield "groups of 7", dict(heads=14), dict(plain, sight=CAUSAL)
-    slots = At(torch.randperm(3000, device=device).expand(2, -1))
-    yield "decoding", dict(heads=16, length=1, keys=3000), dict(q_at=At(torch.full((2, 1), 2000, device=device)),
-                                                               k_at=slots, sight=CAUSAL)
-
-
-def check(name: str, qkv: list[Tensor], features: dict[str, Any]) -> None:
+def check(question: Question, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
+    """What is furthest from the oracle, output or a gradient, and by how much."""
     from mm.kernels.operator import by_kernel
 
-    problem = Problem(**{"sight": EVERYWHERE, "scale": qkv[0].shape[-1] ** -0.5, **features})
-    weights = [x for x in (problem.sinks, getattr(problem.bias, "weight", None)) if x is not None]
+    qkv, problem = question.tensors(device, dtype), question.problem(device)
     answers = []
     for y in (by_kernel(*qkv, problem), reference(*(x.double() for x in qkv), problem)):
         upstream = torch.ones_like(y) / y.shape[2]
-        answers.append((y, *torch.autograd.grad(y, [*qkv, *weights], upstream)))
-    for what, ours, wanted in zip(("output", "dq", "dk", "dv", "weights", "weights"), *answers, strict=False):
-        off = ((ours - wanted).abs().max() / wanted.abs().max()).item()
-        if not off <= TOLERANCE[qkv[0].dtype]:
-            raise InputError(f"mm bench attention: {name}: {what} is {off:.1e} from the reference, so that a timing "
-                             "would mean nothing")
+        answers.append((y, *torch.autograd.grad(y, [*qkv, *weights(problem)], upstream)))
+    return max(((what, far(*both)) for what, *both in zip(WHAT, *answers, strict=False)), key=lambda one: one[1])
+
+
+def far(ours: Tensor, wanted: Tensor) -> float:
+    """Relative to the largest number; infinite where something is not finite."""
+    off = ((ours - wanted).abs().max() / wanted.abs().max()).item()
+    return off if off == off else float("inf")
+
+
+def dropped(device: torch.device) -> float:
+    """Identity values turn the output into the weights, which tell the mask; the oracle then takes the same."""
+    from mm.kernels.operator import by_kernel
+
+    question = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
+    (q, k, v), problem = question.tensors(device, torch.float32), question.problem(device)
+
+    def run(values: Tensor) -> Tensor:
+        torch.manual_seed(0)
+        return by_kernel(q, k, values, problem)
+    kept = run(torch.eye(48, device=device).expand(1, 2, 48, 48)) > 0
+    share = kept.double().mean().item()
+    if not 0.5 < share < 0.7:
+        raise ValueError(f"dropout of 0.4 keeps {share:.2f} of the weights")
+    exact = torch.softmax(q.double() @ k.double().mT * problem.scale, -1) * kept / 0.6 @ v.double()
+    ours = run(v)
+    grads = (torch.autograd.grad(y, (q, k, v), torch.ones_like(y)) for y in (ours, exact))
+    return max(far(ours, exact), *(far(a, b) for a, b in zip(*grads, strict=True)))
+
+
+def repeated(device: torch.device) -> float:
+    """Gradients of the same call twice: their difference should be 0."""
+    from mm.kernels.operator import by_kernel
+
+    question = replace(CHECKED["softcap and sinks"], length=1000)
+    qkv, problem = question.tensors(device, torch.bfloat16), question.problem(device)
+    y = by_kernel(*qkv, problem)
+    first, second = (torch.autograd.grad(y, [*qkv, problem.sinks], torch.ones_like(y), retain_graph=True)
+                     for _ in range(2))
+    return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
+
+
+def addressed(device: torch.device) -> float:
+    """The last tokens of the last head, in tensors whose places 32 bits cannot count."""
+    from mm.kernels.operator import by_kernel
+
+    (q, k, v), problem = LONG.tensors(device, torch.bfloat16), LONG.problem(device)
+    first, end = LONG.length - 8, LONG.length
+    from_key = max(first - LONG.sight.left, 0)
+    with torch.no_grad():
+        ours = by_kernel(q, k, v, problem)[-1:, -1:, first:]
+        seen = replace(problem, q_at=problem.q_at.rows(first, end), k_at=problem.k_at.rows(from_key, end))
+        return far(ours, reference(q[-1:, -1:, first:].double(), k[-1:, :, from_key:].double(),
+                                   v[-1:, :, from_key:].double(), seen))

@@ -1,9 +1,9 @@
-"""Other people's attention for `mm bench attention`: each as a call without arguments, with the ratio asked of ours."""
+"""Other people's attention for `mm bench attention`: each made into a call without arguments."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,69 +11,99 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-from mm.positions import BucketBias
-from mm.spec import Sight
-from mm.visibility import At, visible
+from mm import rope
+from mm.kernels.problem import Problem
+from mm.spec import CAUSAL, EVERYWHERE
+from mm.visibility import visible
 
-Peers = dict[str, tuple[Callable[[], Tensor], float | None]]
+from .attention_time import Peer, Run
 
-
-def sdpa(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Peers:
-    """SDPA by each of its fast kernels."""
-    def run(backend: SDPBackend) -> Callable[[], Tensor]:
-        def call() -> Tensor:
-            with sdpa_kernel(backend):
-                return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
-        return call
-    backends = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
-    return {f"SDPA {backend.name.lower()}": (run(backend), None) for backend in backends}
+BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def masked_sdpa(q: Tensor, k: Tensor, v: Tensor, at: At, sight: Sight) -> Callable[[], Tensor]:
-    """The mask is made beforehand and not timed; a row that sees nothing sees itself."""
-    mask = visible(at, at, sight) | torch.eye(q.shape[2], dtype=torch.bool, device=q.device)
-    return lambda: F.scaled_dot_product_attention(q, k, v, mask.unsqueeze(1), enable_gqa=q.shape[1] != k.shape[1])
+def plain(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> dict[str, Peer]:
+    """Of one plain run: SDPA as it chooses and by each fast kernel, and flash-attn where it is installed."""
+    causal = problem.sight == CAUSAL
+    given = {"SDPA": Peer(lambda: partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal))}
+    for backend in BACKENDS:
+        given[f"SDPA {backend.name.lower()}"] = Peer(lambda backend=backend: by_backend(backend, q, k, v, causal))
+    if find_spec("flash_attn") is not None:
+        given["flash-attn"] = Peer(lambda: flash(q, k, v, causal))
+    return given
 
 
-def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Peers:
-    """The flash-attn package, where it is installed."""
-    if find_spec("flash_attn") is None:
-        return {}
+def by_backend(backend: SDPBackend, q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
+    def call() -> Tensor:
+        with sdpa_kernel(backend):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal)
+    return call
+
+
+def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
     from flash_attn import flash_attn_func
 
     heads_last = [x.transpose(1, 2) for x in (q, k, v)]
-    return {"flash-attn": (lambda: flash_attn_func(*heads_last, causal=causal).transpose(1, 2), None)}
+    return lambda: flash_attn_func(*heads_last, causal=causal).transpose(1, 2)
 
 
-@cache
-def compiled_flex() -> Callable[..., Tensor]:
-    from torch.nn.attention.flex_attention import flex_attention
+def rotated_first(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+    """RoPE, then SDPA."""
+    causal, turn = problem.sight == CAUSAL, problem.q_turn
+    return lambda: F.scaled_dot_product_attention(rope.apply(q, turn), rope.apply(k, turn), v, is_causal=causal)
 
-    return torch.compile(flex_attention)
+
+def masked(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+    """SDPA with a mask that is made beforehand and not timed. Heads that share keys get copies of them, since its fast
+    kernels take no mask otherwise."""
+    mask = visible(problem.q_at, problem.k_at, problem.sight).unsqueeze(1)
+    shared = q.shape[1] // k.shape[1]
+
+    def call() -> Tensor:
+        keys, values = ((x.repeat_interleave(shared, 1) if shared > 1 else x) for x in (k, v))
+        return F.scaled_dot_product_attention(q, keys, values, mask)
+    return call
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, at: At, sight: Sight, *, softcap: float = 0.0,
-         bias: BucketBias | None = None) -> Callable[[], Tensor]:
-    """FlexAttention compiled, with a block mask made beforehand for runs at 0..T-1 or packed documents."""
-    from torch.nn.attention.flex_attention import create_block_mask
+def flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+    """FlexAttention compiled, for runs at 0..T-1 and packed documents, with a block mask made beforehand."""
+    everyone = problem.sight == EVERYWHERE and problem.q_at.document is None
+    blocks = None if everyone else create_block_mask(seen(problem), None, None, q.shape[2], k.shape[2], device=q.device)
+    run, change = compiled(), score(problem)
+    return lambda: run(q, k, v, score_mod=change, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
 
-    index = torch.arange(q.shape[2], device=q.device)
-    document = torch.zeros_like(index) if at.document is None else at.document[0]
 
-    def seen(batch: Any, head: Any, i: Any, j: Any) -> Tensor:
-        near = document[i] == document[j]
+def compiled() -> Callable[..., Tensor]:
+    """FlexAttention anew: for the shapes of one question alone, and with a backward pass that can run many times."""
+    import torch._dynamo
+    import torch._functorch.config
+
+    torch._dynamo.reset()
+    torch._functorch.config.donated_buffer = False
+    return torch.compile(flex_attention, dynamic=False)
+
+
+def seen(problem: Problem) -> Callable[..., Tensor]:
+    sight, document = problem.sight, problem.q_at.document
+    document = None if document is None else document[0]
+
+    def mask(batch: Any, head: Any, i: Any, j: Any) -> Tensor:
+        near = i >= 0
+        near = near if document is None else document[i] == document[j]
         near = near if sight.right is None else near & (j <= i + sight.right)
         return near if sight.left is None else near & (j >= i - sight.left)
+    return mask
 
-    blocks = None if at.document is None and sight == Sight() else create_block_mask(
-        seen, None, None, q.shape[2], k.shape[2], device=q.device)
-    reach = 0 if bias is None else bias.settings.distance
-    bucket = None if bias is None else bias.by_offset(q.device).buckets
 
-    def score(s: Tensor, batch: Any, head: Any, i: Any, j: Any) -> Tensor:
-        s = softcap * torch.tanh(s / softcap) if softcap else s
-        return s if bias is None else s + bias.weight[bucket[(j - i).clamp(-reach, reach) + reach], head]
+def score(problem: Problem) -> Callable[..., Tensor] | None:
+    softcap, bias = problem.softcap, problem.bias
+    if softcap:
+        return lambda s, batch, head, i, j: softcap * torch.tanh(s / softcap)
+    if bias is None:
+        return None
+    reach, bucket, weight = bias.settings.distance, bias.by_offset(problem.q_at.position.device).buckets, bias.weight
 
-    return lambda: compiled_flex()(q, k, v, score_mod=score if softcap or bias is not None else None,
-                                   block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    def biased(s: Tensor, batch: Any, head: Any, i: Any, j: Any) -> Tensor:
+        return s + weight[bucket[(j - i).clamp(-reach, reach) + reach], head]
+    return biased

@@ -8,6 +8,7 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,21 +37,24 @@ class Timing:
 class Case:
     """One line of a report: `ratio` says how many times better ours is, and passes from `at_least` on.
 
-    A case without `at_least` is only told. `unit` is that of `ours` and `peer`.
+    A case without `at_least` is only told. `unit` is that of `ours` and `peer`. `note` says what was not measured and
+    why: a case whose own number is missing falls short.
     """
 
     case: str
-    ours: float
+    ours: float | None
     unit: str
     peer: float | None = None
     ratio: float | None = None
     at_least: float | None = None
+    note: str | None = None
     ok: bool = field(init=False)
 
     def __post_init__(self) -> None:
-        if self.at_least is not None and self.ratio is None:
+        if self.note is None and (self.ours is None or self.at_least is not None and self.ratio is None):
             raise InputError(f"the case {self.case!r} has a threshold but no ratio")
-        object.__setattr__(self, "ok", self.at_least is None or self.ratio >= self.at_least)
+        reached = self.at_least is None or self.ratio is None or self.ratio >= self.at_least
+        object.__setattr__(self, "ok", self.ours is not None and reached)
 
     @classmethod
     def timed(cls, case: str, timing: Timing, at_least: float | None = None) -> Case:
@@ -91,9 +95,9 @@ def report(bench: str, cases: Sequence[Case], *, packages: Sequence[str], json_f
 
 
 def written(case: Case) -> dict[str, Any]:
-    """A case for a JSON file, which has no numbers that are not finite."""
+    """A case for a JSON file, which has no numbers that are not finite, and a note only where there is one."""
     return {name: None if isinstance(value, float) and not math.isfinite(value) else value
-            for name, value in asdict(case).items()}
+            for name, value in asdict(case).items() if name != "note" or value is not None}
 
 
 def as_table(bench: str, cases: Sequence[Case]) -> Table:
@@ -102,7 +106,8 @@ def as_table(bench: str, cases: Sequence[Case]) -> Table:
         table.add_column(column, justify="left" if column == "unit" else "right")
     for case in cases:
         numbers = [_short(case.ours), _short(case.peer), case.unit, _short(case.ratio), _short(case.at_least)]
-        table.add_row(case.case, *numbers, "" if case.at_least is None else "ok" if case.ok else "SHORT")
+        verdict = "SHORT" if not case.ok else "" if case.at_least is None else "ok"
+        table.add_row(f"{case.case} ({case.note})" if case.note else case.case, *numbers, verdict)
     return table
 
 
@@ -111,14 +116,31 @@ def _short(number: float | None) -> str:
 
 
 def machine() -> str:
-    """Processor, cores that this process may use, memory, system."""
+    """Processor, cores that this process may use, memory, system; the GPU where there is one."""
     name = platform.processor() or platform.machine()
     info = Path("/proc/cpuinfo")
     if info.exists():
         found = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
         name = found[0] if found else name
     gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    return f"{name}, {cores()} cores, {gigabytes:.0f} GiB, {platform.system()}"
+    return f"{name}, {cores()} cores, {gigabytes:.0f} GiB, {platform.system()}{gpu()}"
+
+
+def gpu() -> str:
+    """Its name, processors and memory, CUDA; and from nvidia-smi the driver, power limit and fastest clock."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return ""
+    it = torch.cuda.get_device_properties(torch.cuda.current_device())
+    told = f", {it.name}, {it.multi_processor_count} processors, {it.total_memory / 2**30:.0f} GiB, " \
+           f"CUDA {torch.version.cuda}"
+    try:
+        asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
+        first = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
+    except (OSError, subprocess.SubprocessError, IndexError):
+        return told
+    return f"{told}, driver, power and clock {first}"
 
 
 def cores() -> int:

@@ -4,13 +4,11 @@ Run by test_kernel.py in a process of its own, because TRITON_INTERPRET=1 must b
     TRITON_INTERPRET=1 python -m pytest tests/mm/kernel_checks.py
 """
 
-import numpy as np
 import pytest
 import torch
-import triton.language as tl
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from triton.runtime import interpreter
+from triton_interpreter import bfloat16_as_in_hardware
 
 from mm import rope
 from mm.errors import InputError
@@ -19,6 +17,7 @@ from mm.kernels import triton_launch as run
 from mm.kernels.operator import by_kernel
 from mm.kernels.problem import ByOffset, Problem
 from mm.kernels.reference import reference
+from mm.kernels.triton_plan import Call, suits_hopper
 from mm.positions import AlibiBias, BucketBias
 from mm.spec import CAUSAL, EVERYWHERE, Alibi, Axial, Buckets, Rope, Sight
 from mm.state import Slots
@@ -38,22 +37,7 @@ def small_tiles(monkeypatch):
 
 @pytest.fixture
 def bf16(monkeypatch):
-    """The interpreter multiplies the bit patterns of bfloat16, and cuts where hardware rounds."""
-    builder, handle = interpreter.InterpreterBuilder, interpreter.TensorHandle
-    dot, cast = builder.create_dot, builder.create_fp_trunc
-
-    def wide(x):
-        return handle((x.data.astype(np.uint32) << 16).view(np.float32), tl.float32) if x.dtype.scalar == tl.bfloat16 \
-            else x
-
-    def rounded(self, x, dtype):
-        if dtype.scalar != tl.bfloat16:
-            return cast(self, x, dtype)
-        bits = x.data.view(np.uint32)
-        return handle(((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16), tl.bfloat16)
-
-    monkeypatch.setattr(builder, "create_dot", lambda self, a, b, *rest: dot(self, wide(a), wide(b), *rest))
-    monkeypatch.setattr(builder, "create_fp_trunc", rounded)
+    bfloat16_as_in_hardware(monkeypatch)
 
 
 class Case:
@@ -140,6 +124,22 @@ def test_tiles_out_of_reach_are_never_read():
         case.k[:, :, 64:], case.v[:, :, 64:] = torch.nan, torch.nan
         y = case.kernel()
     assert y[:, :, :64].isfinite().all() and y[:, :, 64:].isnan().all()
+
+
+@pytest.mark.parametrize("features", [
+    {}, dict(sight=CAUSAL, sinks=True), dict(sight=Sight(left=40, right=0), softcap=3.0), dict(sight=Sight(chunk=90)),
+    dict(keys=200, sight=Sight(left=70, right=30)),
+])
+def test_the_forward_pass_for_hopper(features):
+    """By descriptors, as one program; and the sums that it leaves for the backward pass."""
+    case = Case(length=150, kv=1, width=64, dtype=torch.float16, **features)
+    call = Call(*operator.arguments(case.q, case.k, case.v, Problem(sinks=case.sinks, **case.problem)))
+    assert suits_hopper(call)
+    with torch.no_grad():
+        (_, sums), y, lse = run.attention(call), run.by_token(case.q), torch.empty(1, 2, 150)
+        run.forward_on_hopper(call, y, lse)
+        assert (y - case.oracle()).abs().max() <= TOLERANCE[torch.float16] * case.oracle().abs().max()
+        assert (lse - sums).abs().max() < 1e-2
 
 
 # --------------------------------------------------------------------------------------------- features
@@ -292,16 +292,32 @@ def test_the_same_twice():
 
 # ------------------------------------------------------------------------------------------- as an operator
 def views(case):
-    """Heads as projections leave them, (B, T, H, E) in memory, keys and values shared by expansion."""
+    """Heads as projections leave them, (B, T, H, E) in memory, keys expanded over the batch, values transposed."""
     q = case.q.detach().transpose(1, 2).contiguous().transpose(1, 2).requires_grad_()
-    k, v = (x.detach()[:1].expand(2, -1, -1, -1).requires_grad_() for x in (case.k, case.v))
+    k = case.k.detach()[:1].expand(2, -1, -1, -1).requires_grad_()
+    v = case.v.detach().mT.contiguous().mT.requires_grad_()
     return q, k, v
 
 
-def test_strided_and_expanded_tensors():
-    case = Case(2, kv=1)
+def test_strided_and_overlapping_tensors():
+    """Read where they lie or from a copy, and never written to: gradients have memory of their own."""
+    both = turn(along(2, 40), 32)
+    both = rope.Turn(both.cos.mT.contiguous().mT, both.sin.mT.contiguous().mT, both.layout)
+    case = Case(2, kv=1, q_turn=both, k_turn=both)
     case.q, case.k, case.v = views(case)
+    case.sinks = torch.tensor([0.3]).requires_grad_().expand(2)
+    case.upstream = torch.ones(()).expand_as(case.upstream)
     case.check()
+    grads = torch.autograd.grad(case.kernel(), (case.q, case.k, case.v), case.upstream)
+    assert all(x.untyped_storage().nbytes() == x.nbytes for x in grads)
+
+
+def test_what_a_tile_cannot_reach_is_copied():
+    """A depth transformer's heads, (T, B, 3, H, E) in memory: two tokens of one row lie 2**25 numbers apart."""
+    heads = torch.empty_strided((2**15, 4, 32, 64), (3 * 4 * 64, 64, 2**27, 1), device="meta")
+    assert operator.dense(heads).stride() == (32 * 4 * 64, 64, 4 * 64, 1)
+    near = torch.empty_strided((2, 4, 32, 64), (0, 64, 3 * 4 * 64, 1), device="meta")
+    assert operator.dense(near) is near
 
 
 def arguments(case):
@@ -309,8 +325,11 @@ def arguments(case):
 
 
 def test_the_operator_is_well_formed():
-    """Schema, shapes of meta tensors, autograd registration."""
-    torch.library.opcheck(torch.ops.mm.attention.default, arguments(Case(sinks=True, length=20)))
+    """Schema, shapes and strides of meta tensors, tracing."""
+    case = Case(sinks=True, length=20)
+    for x in case.leaves():
+        x.requires_grad_(False)
+    torch.library.opcheck(torch.ops.mm.attention.default, arguments(case))
 
 
 def test_it_compiles_in_one_graph():
@@ -328,9 +347,11 @@ def test_shapes_on_meta():
 
 @pytest.mark.parametrize("wrong, words", [
     (lambda c: setattr(c, "q", c.q.detach().double()), "float16, bfloat16 and float32, not torch.float64"),
-    (lambda c: setattr(c, "k", c.k.detach().mT.contiguous().mT), "those of keys are 40 apart"),
     (lambda c: setattr(c, "v", c.v.detach()[..., :12]), "values have 12"),
-    (lambda c: setattr(c, "bias", c.problem.update(bias=lambda q, k: 0)), "function of distance"),
+    (lambda c: c.problem.update(bias=lambda q, k: 0), "function of distance"),
+    (lambda c: c.problem.update(bias=AlibiBias(Alibi(), 3)), "a bias for 3 heads does not fit 4"),
+    (lambda c: c.problem.update(q_turn=turn(along(1, 40), 32), k_turn=turn(along(1, 40), 32, dim=16)), "in one layout"),
+    (lambda c: c.problem.update(k_at=At(torch.empty(1, 40, device="meta").long())), "must be on cpu, not on meta"),
 ])
 def test_what_is_not_supported_is_said_before_any_launch(wrong, words):
     case = Case()

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm import rope
 from mm.errors import InputError
-from mm.kernels import attend, explain
+from mm.kernels import attend, debug, explain
 from mm.kernels.problem import Problem
 from mm.kernels.reference import reference
 from mm.spec import CAUSAL, EVERYWHERE, Rope, Sight
@@ -268,10 +268,55 @@ def test_wrong_shapes_are_named(wrong, words):
         attend(q, k, v, q_at=q_at, k_at=k_at)
 
 
-def test_mixed_dtypes_and_sinks_for_other_heads_are_named():
-    at = along(1, 5)
+@pytest.mark.parametrize("more, words", [
+    (dict(k_at=At(torch.zeros(1, 5).long(), torch.zeros(1, 4))), r"k_at has documents \(1, 4\) for 1 rows of 5 tokens"),
+    (dict(k_at=At(torch.zeros(1, 5).long(), prefix=torch.zeros(5))), r"k_at has a prefix \(5,\)"),
+    (dict(q_at=At(torch.zeros(1, 5))), "positions of q_at must be integers, not torch.float32"),
+    (dict(q_turn=rope.turn(along(1, 4).position, Rope(), 8)), r"q_turn has rotations \(1, 1, 4, 8\)"),
+    (dict(k_turn=rope.turn(along(1, 5).position, Rope(), 16)), r"k_turn has rotations \(1, 1, 5, 16\)"),
+    (dict(softcap=-1.0), "softcap must not be negative"),
+    (dict(dropout=1.0), r"dropout lie in 0\.\.1"),
+    (dict(sinks=torch.zeros(3)), r"sinks \(2,\), not \(3,\)"),
+])
+def test_what_does_not_fit_the_tokens_is_named(more, words):
     x = torch.zeros(1, 2, 5, 8)
+    with pytest.raises(InputError, match=words):
+        attend(x, x, x, **{"q_at": along(1, 5), "k_at": along(1, 5), **more})
+
+
+def test_tensors_of_two_kinds_are_named():
+    at, x = along(1, 5), torch.zeros(1, 2, 5, 8)
     with pytest.raises(InputError, match="one dtype"):
         attend(x, x, x.half(), q_at=at, k_at=at)
-    with pytest.raises(InputError, match=r"sinks"):
-        attend(x, x, x, q_at=at, k_at=at, sinks=torch.zeros(3))
+    with pytest.raises(InputError, match="one device, not cpu, meta, cpu"):
+        attend(x, x.to("meta"), x, q_at=at, k_at=at)
+
+
+# -------------------------------------------------------------------------------------------------- values
+def ids(*numbers):
+    return At(torch.zeros(1, len(numbers)).long(), torch.tensor([numbers]))
+
+
+@pytest.mark.parametrize("q_at, k_at, words", [
+    (At(torch.tensor([[0, 1, -2]])), None, "q_at has the position -2; positions count from 0, and -1 marks padding"),
+    (along(1, 3), At(torch.tensor([[0, -3, 1]])), "k_at has the position -3"),
+    (along(1, 3), At(torch.tensor([[0, -1, 1]]), whole=True), "said to be `whole`, and row 0 has padding"),
+    (At(torch.tensor([[0, 1, 2], [0, 0, 1]]), regular=True), None, "`regular`, and row 1 does not count from 0"),
+    (ids(5, 5, 7, 5), None, "document 5 of row 0 ends and begins again"),
+])
+def test_debug_reads_the_values(q_at, k_at, words):
+    k_at = k_at or q_at
+    q, k = (torch.zeros(len(at.position), 1, at.position.shape[1], 8) for at in (q_at, k_at))
+    attend(q, k.expand(len(q), -1, -1, -1), k.expand(len(q), -1, -1, -1), q_at=q_at, k_at=k_at)
+    with debug(), pytest.raises(InputError, match=words):
+        attend(q, k, k, q_at=q_at, k_at=k_at)
+
+
+def test_debug_lets_pass_what_is_right():
+    """Falling numbers of documents and padding between them, a ring of keys, a learned extra key."""
+    ring = At(torch.tensor([[4, 5, -1, -2]]), torch.tensor([[9, 3, 9, 0]]))
+    x = torch.zeros(1, 1, 4, 8)
+    with debug():
+        attend(x, x, x, q_at=ids(9, 9, -1, 3), k_at=ring, sight=CAUSAL)
+        attend(x, x, x, q_at=along(1, 4), k_at=along(1, 4))
+    attend(x, x, x, q_at=ids(5, 7, 5, 7), k_at=ring)  # not looked at any more

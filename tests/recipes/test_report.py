@@ -28,6 +28,16 @@ def test_a_case_passes_from_its_threshold_on():
         Case(case="a", ours=1.0, unit="s", at_least=1.0)
 
 
+def test_what_could_not_be_measured_is_a_line_too(tmp_path):
+    """A peer that cannot is only told; without a number of our own the report falls short."""
+    peer = Case(case="a", ours=1.0, unit="s", at_least=2.0, note="the peer cannot: out of memory")
+    own = Case(case="b", ours=None, unit="s", note="fails: out of memory")
+    assert peer.ok and not own.ok
+    assert report("toy", [peer, own], packages=[], json_file=str(tmp_path / "toy.json")) == 1
+    told = json.loads((tmp_path / "toy.json").read_text())["cases"]
+    assert told[0]["note"] == "the peer cannot: out of memory" and told[1]["ours"] is None
+
+
 def test_the_report_prints_writes_and_returns_the_status(tmp_path, capsys):
     good = Case.timed("fast", Timing(ours=1.0, peer=6.0), at_least=5.0)
     bad = Case(case="recall", ours=0.9, peer=1.0, ratio=0.9, at_least=0.95, unit="share")

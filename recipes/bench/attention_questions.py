@@ -1,0 +1,126 @@
+"""What `mm bench attention` asks: shapes and features, made on a GPU to run, on `meta` to compile, on a CPU to try."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from mm import rope
+from mm.kernels.problem import Bias, Problem
+from mm.positions import AlibiBias, BucketBias
+from mm.spec import CAUSAL, EVERYWHERE, Alibi, Buckets, Rope, Sight
+from mm.visibility import At, along, packed
+
+DOCUMENTS = 512  # tokens of a packed document, on average
+
+
+@dataclass(frozen=True, kw_only=True)
+class Question:
+    """One call of attention. kv: key heads; keys: as many as queries by default. tokens: one plain `run`, packed
+    `documents`, `ragged` rows with padding at the end, such rows that begin with a `prefix`, or the newest tokens over
+    a `ring` of keys in any order. rope: of queries and keys, or of queries alone over a ring."""
+
+    batch: int = 2
+    heads: int = 16
+    kv: int = 16
+    length: int = 8192
+    keys: int | None = None
+    width: int = 128
+    value_width: int | None = None
+    tokens: Literal["run", "documents", "ragged", "prefix", "ring"] = "run"
+    sight: Sight = EVERYWHERE
+    softcap: float = 0.0
+    sinks: bool = False
+    bias: Alibi | Buckets | None = None
+    rope: Rope | None = None
+    dropout: float = 0.0
+
+    def tensors(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
+        """q, k and v, which want gradients."""
+        keys = self.keys or self.length
+        shapes = ((self.batch, self.heads, self.length, self.width), (self.batch, self.kv, keys, self.width),
+                  (self.batch, self.kv, keys, self.value_width or self.width))
+        return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
+
+    def problem(self, device: torch.device) -> Problem:
+        q_at, k_at = self.places(device)
+        turn = None if self.rope is None else rope.turn(q_at.position[:1], self.rope, self.width)
+        sinks = torch.randn(self.heads, device=device, requires_grad=True) if self.sinks else None
+        return Problem(q_at, k_at, self.sight, self.width**-0.5, turn, None if self.tokens == "ring" else turn,
+                       self.biased(device), sinks, self.softcap, self.dropout)
+
+    def places(self, device: torch.device) -> tuple[At, At]:
+        keys = self.keys or self.length
+        if self.tokens == "ring":
+            newest = torch.arange(keys - self.length, keys, device=device).expand(self.batch, -1)
+            return At(newest), At(torch.arange(keys, device=device).roll(keys // 3).expand(self.batch, -1))
+        at = along(self.batch, self.length, device=device)
+        if self.tokens in ("ragged", "prefix"):
+            at = At(torch.where(at.position < self.length * 3 // 5, at.position, -1),
+                    prefix=at.position < self.length // 4 if self.tokens == "prefix" else None)
+        if self.tokens == "documents":
+            at = packed(self.documents().to(device).expand(self.batch, -1))
+        return at, at if self.keys is None else along(self.batch, keys, device=device)
+
+    def documents(self) -> Tensor:
+        """(length,) ids of documents of random lengths, always the same."""
+        begins = torch.rand(self.length, generator=torch.Generator().manual_seed(0)) < 1 / DOCUMENTS
+        return begins.cumsum(0)
+
+    def biased(self, device: torch.device) -> Bias | None:
+        if self.bias is None:
+            return None
+        kind = AlibiBias if isinstance(self.bias, Alibi) else BucketBias
+        return kind(self.bias, self.heads).to(device)
+
+
+def weights(problem: Problem) -> list[Tensor]:
+    """What is learned beside q, k and v."""
+    return [x for x in (problem.sinks, getattr(problem.bias, "weight", None)) if x is not None]
+
+
+GROUPED = dict(heads=32, kv=8)
+SMALL = dict(length=333, heads=4, kv=2, width=64)
+FEATURES = {
+    "full": {}, "causal": dict(sight=CAUSAL), "window": dict(sight=Sight(left=40, right=0)),
+    "two-sided window": dict(sight=Sight(left=70, right=30)), "chunks": dict(sight=Sight(right=0, chunk=100)),
+    "documents": dict(tokens="documents", sight=CAUSAL, length=1500),
+    "ragged rows": dict(tokens="ragged", sight=CAUSAL),
+    "a prefix": dict(tokens="prefix", sight=CAUSAL), "more keys": dict(keys=517),
+    "softcap and sinks": dict(softcap=5.0, sinks=True, sight=CAUSAL), "T5 bias": dict(bias=Buckets()),
+    "ALiBi": dict(bias=Alibi(), sight=CAUSAL), "rotation": dict(rope=Rope(dim=32)),
+    "rotation, interleaved": dict(rope=Rope(layout="interleaved")), "groups of 7": dict(heads=14, sight=CAUSAL),
+    **{f"heads {width}/{value}": dict(width=width, value_width=value, sight=CAUSAL)
+       for width, value in ((32, 32), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))},
+    "decoding": dict(tokens="ring", heads=16, length=1, keys=3000, sight=CAUSAL, rope=Rope()),
+}
+CHECKED = {name: Question(**{**SMALL, **more}) for name, more in FEATURES.items()}
+
+COMPILED = {
+    "head 64, full": Question(width=64), "head 64, causal": Question(width=64, sight=CAUSAL),
+    "head 80, causal": Question(width=80, sight=CAUSAL), "head 96, causal": Question(width=96, sight=CAUSAL),
+    "head 128, full": Question(), "head 128, causal": Question(sight=CAUSAL),
+    "head 256, causal": Question(width=256, sight=CAUSAL),
+    "head 192/128 (MLA), causal": Question(width=192, value_width=128, sight=CAUSAL),
+    "head 128, window 1024, GQA 4:1": Question(**GROUPED, sight=Sight(left=1023, right=0)),
+    "head 64, documents, GQA 4:1": Question(**GROUPED, width=64, tokens="documents", sight=CAUSAL),
+    "head 128, documents, GQA 4:1": Question(**GROUPED, tokens="documents", sight=CAUSAL),
+    "head 128, ragged rows": Question(tokens="ragged", sight=CAUSAL),
+    "head 128, a prefix": Question(tokens="prefix", sight=CAUSAL),
+    "head 192/128 (MLA), documents": Question(width=192, value_width=128, tokens="documents", sight=CAUSAL),
+    "head 128, softcap, sinks, causal": Question(softcap=30.0, sinks=True, sight=CAUSAL),
+    "head 64, T5 bias": Question(width=64, bias=Buckets()), "head 128, T5 bias": Question(bias=Buckets()),
+    "head 64, ALiBi": Question(width=64, bias=Alibi(), sight=CAUSAL),
+    "head 64, dropout": Question(width=64, dropout=0.1),
+    "head 64, rotation on load (ViT)": Question(width=64, length=197, rope=Rope()),
+    "head 128, rotation on load": Question(length=512, rope=Rope(), sight=CAUSAL),
+}
+EXACT = ("head 64, causal", "head 128, causal", "head 256, causal", "head 128, documents, GQA 4:1", "head 64, T5 bias",
+         "head 64, rotation on load (ViT)", "head 128, decode, GQA 8:1")  # those compiled for float32 as well
+DECODED = {
+    f"head {width}, decode, GQA 8:1": Question(batch=1, heads=64, kv=8, length=1, keys=32768, width=width,
+                                               tokens="ring", rope=Rope(), sight=CAUSAL)
+    for width in (64, 128, 256)}
