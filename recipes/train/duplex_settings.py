@@ -22,7 +22,8 @@ class DuplexData:
     holdout: the share of the conversations that is held out where there is no `val`. codec: a Mimi to encode sound
     files with, a directory, a hub name or codec_small. cache: the folder that keeps their codes (none: one in the run's
     directory). tokenizer: a directory with the tokenizer of the text (none: the model's). late: whether a word that is
-    still being written when the next one begins is dropped, or shifts it. length: frames of a row. batch_size: rows of
+    still being written when the next one begins is dropped, or shifts it. drop: the share of the codes that the model
+    hears which is hidden from it in training, others in every pass. length: frames of a row. batch_size: rows of
     all processes together. workers: processes that make batches.
     """
 
