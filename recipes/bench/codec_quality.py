@@ -24,7 +24,7 @@ from mm.errors import InputError
 from ...encoders.audio import read_sound
 from ...encoders.logmel import RATE
 from ...encoders.transcribe import transcribe
-from ..data.sounds import SUFFIXES
+from ..data.sounds import below
 from ..metrics import word_error_rate
 from ..quality import si_sdr, used
 from ..search.arguments import positive
@@ -104,7 +104,7 @@ def chosen(folder: Path, speakers: Sequence[str] | None, most: int) -> list[Clip
 
 
 def listed(folder: Path) -> Iterator[Clip]:
-    sounds = {path.name: path for path in sorted(folder.rglob("*")) if path.suffix.lower() in SUFFIXES}
+    sounds = {path.name: path for path in below(folder)}
     table, ljspeech = folder / TABLE, folder / "metadata.csv"
     if table.is_file():
         with open(table, encoding="utf-8", newline="") as file:

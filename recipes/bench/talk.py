@@ -75,11 +75,11 @@ def spoken(args: argparse.Namespace) -> list[np.ndarray]:
 def listed(path: Path) -> tuple[list[Path], bool]:
     """Sound files, and whether they are dialogues. Raises InputError where there are none."""
     from ..data.dialogues import read_manifest
-    from ..data.sounds import SUFFIXES
+    from ..data.sounds import below
 
     if path.suffix == ".jsonl":
         return [entry.sound for entry in read_manifest(path) if entry.sound is not None], True
-    files = sorted(one for one in path.rglob("*") if one.suffix.lower() in SUFFIXES) if path.is_dir() else [path]
+    files = below(path) if path.is_dir() else [path]
     if not files:
         raise InputError(f"{path} holds no sounds")
     return files, False

@@ -37,8 +37,7 @@ READ = WORD[2]  # as the talkers of the Modified Rhyme Test say it
 
 # How else a listener may spell what sounds the same
 SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "lain": "lane", "peek": "peak",
-           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus", "son": "sun",
-           "beech": "beach"}
+           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus", "son": "sun", "beech": "beach"}
 
 
 @dataclass(frozen=True)

@@ -26,7 +26,7 @@ from .words import read_words, text_stream
 if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
 
-CHUNK = 25  # frames that the codec encodes at a time
+CHUNK = 25  # frames that a codec takes at a time
 ORDER, HELD_OUT = 30, 31  # the last number of the keys of random generators
 NOWHERE = -1  # the document of padding
 
@@ -175,8 +175,8 @@ class Codes:
 
 
 def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
-    """wave (2, L) -> (2, Q, T), both voices side by side."""
-    state, frame = model.init_state(2, chunk=CHUNK), model.spec.frame
+    """wave (B, L) -> (B, Q, T), voices side by side."""
+    state, frame = model.init_state(len(wave), chunk=CHUNK), model.spec.frame
     wave = torch.nn.functional.pad(wave, (0, -wave.shape[1] % frame)).unsqueeze(1)
     return torch.cat([model.encode(piece, state=state, codebooks=codebooks)
                       for piece in wave.split(CHUNK * frame, 2)], 2)

@@ -58,9 +58,10 @@ class Batches(Dataset[DuplexBatch]):
     def __getitem__(self, step: int) -> DuplexBatch:
         rows = [(epoch, index) for epoch, index, _ in self.order.rows(step)]
         batch = batch_of(self.packed, rows)
-        for codes, row in zip(batch.codes[:, self.heard:], rows if self.drop else (), strict=False):
-            random = generator(self.order.seed, *row, HIDING)
-            codes[torch.from_numpy(random.random(codes.shape) < self.drop)] = NONE
+        if self.drop:
+            for codes, row in zip(batch.codes[:, self.heard:], rows, strict=True):
+                random = generator(self.order.seed, *row, HIDING)
+                codes[torch.from_numpy(random.random(codes.shape) < self.drop)] = NONE
         return batch
 
 

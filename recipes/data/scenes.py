@@ -11,7 +11,7 @@ import numpy as np
 from .acoustics import heard
 from .asked import KINDS, Kind
 from .talkers import PEOPLE, PEOPLE_HELD_OUT, Line
-from .voices import AFTER, BEFORE, BLOCK, RATE
+from .voices import AFTER, BEFORE, BLOCK, RATE, powers
 from .word_times import Times
 from .words import MAIN
 
@@ -191,7 +191,7 @@ def stretched(wave: np.ndarray, factor: float) -> np.ndarray:
 
 def paused(wave: np.ndarray, samples: int) -> np.ndarray:
     """Silent for so long at the quietest place of its middle."""
-    power = np.square(wave[:len(wave) // BLOCK * BLOCK].reshape(-1, BLOCK)).mean(1)
+    power = powers(wave)
     first, last = int(0.35 * len(power)), max(int(0.75 * len(power)), int(0.35 * len(power)) + 1)
     place = (first + int(np.argmin(power[first:last]))) * BLOCK + BLOCK // 2
     return np.concatenate([wave[:place], np.zeros(samples, np.float32), wave[place:]])

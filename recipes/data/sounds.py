@@ -70,11 +70,16 @@ def listing(folders: Sequence[str]) -> list[Path]:
     for folder in folders:
         if not Path(folder).is_dir():
             raise InputError(f"data.path: {folder} is not a folder")
-        files = sorted(path for path in Path(folder).rglob("*") if path.suffix.lower() in SUFFIXES)
+        files = below(Path(folder))
         if not files:
             raise InputError(f"data.path: {folder} holds no sounds ({', '.join(sorted(SUFFIXES))})")
         found += files
     return found
+
+
+def below(folder: Path) -> list[Path]:
+    """The sound files in a folder and those in it, in order."""
+    return sorted(path for path in folder.rglob("*") if path.suffix.lower() in SUFFIXES)
 
 
 def store(files: Sequence[Path], rate: int, frame: int, to: Path) -> Store:

@@ -137,8 +137,13 @@ def recorded(path: Path) -> np.ndarray:
 # ----------------------------------------------------------------------------------------- sound
 def loud(wave: np.ndarray) -> np.ndarray:
     """(n // 240,) bool, the blocks of 10 ms at most 40 dB below the loudest."""
-    power = np.square(wave[:len(wave) // BLOCK * BLOCK].reshape(-1, BLOCK)).mean(1)
+    power = powers(wave)
     return power > SILENT * power.max(initial=1e-12)
+
+
+def powers(wave: np.ndarray) -> np.ndarray:
+    """(n // 240,), the mean square of each block."""
+    return np.square(wave[:len(wave) // BLOCK * BLOCK].reshape(-1, BLOCK)).mean(1)
 
 
 def trimmed(wave: np.ndarray, name: str) -> np.ndarray:

@@ -121,4 +121,3 @@ def usual(model: DuplexLM) -> dict[str, str]:
     """What Kyutai's server tells Hibiki, and no other model."""
     known = model.spec.conditioning.conditions if model.spec.conditioning and model.spec.text.end is not None else ()
     return {one.name: BEST for one in known if isinstance(one.of, Choice) and BEST in one.of.values}
-

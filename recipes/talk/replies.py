@@ -12,9 +12,8 @@ from torch import Tensor
 
 from mm.sampling import GREEDY, Sampling
 
+from ..data.dialogues import CHUNK, encoded
 from .partner import Partner
-
-CHUNK = 25  # frames that the codec takes at a time
 
 
 @dataclass(frozen=True)
@@ -59,15 +58,13 @@ def together(partner: Partner, users: Sequence[Tensor], manner: Manner, first: i
     lengths = [-(-len(user) // frame) for user in users]
     steps = max(*lengths, s.lag + 1)
     wave = torch.stack([F.pad(user, (0, steps * frame - len(user))) for user in users]).to(partner.device)
-    sound = partner.codec.init_state(len(users), chunk=CHUNK)
-    heard = torch.cat([partner.codec.encode(piece, state=sound, codebooks=s.heard)
-                       for piece in wave[:, None].split(CHUNK * frame, 2)], 2)
+    heard = encoded(partner.codec, wave, s.heard)
     sessions = model.init_state(len(users), conditions=partner.conditions(len(users)), sinks=partner.sinks)
     for row in range(len(users)):
         sessions.sample(row, *(replace(one, seed=one.seed + first + row) for one in (manner.text, manner.audio)))
     said = [model.step(heard[..., max(t - 1, 0)], sessions).tokens for t in range(steps)]
     tokens = torch.stack(said[s.lag :], 2)
-    spoken = torch.cat([partner.codec.decode(piece, state=sound)[:, 0] for piece in tokens[:, 1:].split(CHUNK, 2)], 1)
+    spoken = partner.codec.decode(tokens[:, 1:], state=partner.codec.init_state(len(users), chunk=CHUNK))[:, 0]
     spoken = F.pad(spoken, (s.lag * frame, 0)).cpu()
     text = F.pad(tokens[:, 0], (s.lag, 0), value=s.text.padding).tolist()
     return [Reply(spoken[row, : length * frame], text[row][:length]) for row, length in enumerate(lengths)]

@@ -22,6 +22,7 @@ from ..data.dialogues import Codes, read_manifest
 from ..data.duplex import Batches, DuplexModule
 from ..data.sampler import Order
 from ..talk.codec_of import CODEC, Note
+from ..weights import shipped
 from .duplex import DuplexRecipe
 from .duplex_exam import exam
 from .duplex_settings import DuplexJob, DuplexShape
@@ -84,7 +85,7 @@ def bind(model: DuplexLM, header: Header, job: DuplexJob) -> None:
 def keep_codec(job: DuplexJob, model: DuplexLM, folder: Path) -> None:
     """Beside a model that does not name its codec, where the codec is at hand."""
     if Note.of(model).name is None and job.data.codec is not None:
-        Mimi.from_pretrained(job.data.codec).save_pretrained(folder / CODEC)
+        Mimi.from_pretrained(shipped(job.data.codec)).save_pretrained(folder / CODEC)
 
 
 def tokenizer_for(job: DuplexJob, model: DuplexLM | None) -> Tokenizer:

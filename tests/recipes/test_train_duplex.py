@@ -11,6 +11,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import codec
 import duplex
@@ -21,17 +22,20 @@ import torch
 from safetensors.torch import load_file
 
 from mm import DuplexLM, spec
+from mm.codecs import Mimi
 from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
 from mm.recipes.data.duplex import Batches, batch_of
 from mm.recipes.data.sampler import Order
+from mm.recipes.talk.codec_of import Note
 from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
 from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss
-from mm.recipes.train.fit_duplex import fit
+from mm.recipes.train.fit_duplex import fit, keep_codec
+from mm.recipes.weights import codec_small
 from mm.tokenizer import train_bpe
 
 CONFIG = """
@@ -350,6 +354,15 @@ def test_conditions_that_cannot_be_trained(data, tmp_path):
                 spec.Condition(name="voice", of=MOOD.of, into="prepend")):
         with pytest.raises(InputError, match="a model with the condition 'voice' cannot be trained"):
             check_conditions(spec.Conditioning(conditions=(one,)))
+
+
+def test_a_shipped_codec_is_kept_where_the_codes_call_it_otherwise(tmp_path):
+    model, job = duplex.small(), SimpleNamespace(data=SimpleNamespace(codec="codec_small"))
+    shipped = Mimi.from_pretrained(codec_small(), dtype=torch.float32)
+    model.generation = Note(None, shipped.fingerprint(), shipped.spec.frame_rate).told()
+    keep_codec(job, model, tmp_path)
+    kept = Mimi.from_pretrained(tmp_path / "codec", dtype=torch.float32)
+    assert kept.fingerprint() == Note.of(model).weights
 
 
 def test_what_cannot_be_trained_on_is_named(data, tmp_path):
