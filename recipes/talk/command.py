@@ -12,6 +12,7 @@ import ssl
 import webbrowser
 from pathlib import Path
 from typing import TYPE_CHECKING
+from urllib.parse import quote
 
 from mm.errors import InputError
 
@@ -62,7 +63,7 @@ async def run(partner, address: Address, limits: Limits, args: argparse.Namespac
     partner.arrange(places)
 
     def ready(url: str) -> None:
-        shown = url + (f"?token={address.token}" if address.token else "")
+        shown = url + (f"?token={quote(address.token)}" if address.token else "")
         print(f"{partner.name} for {places} at once: {shown} (Ctrl-C ends it)", flush=True)
         if args.browser:
             webbrowser.open(shown)
@@ -118,7 +119,8 @@ def arguments() -> argparse.ArgumentParser:
     serving("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     serving("--port", type=port, default=PORT, help=f"default: {PORT}, where Kyutai's clients look; 0: a free one")
     serving("--no-browser", dest="browser", action="store_false", help="do not open a browser")
-    serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for)")
+    serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for, at "
+            "most 8)")
     serving("--queue", type=positive, default=32, help="clients that may wait for a place (default: 32)")
     serving("--minutes", type=seconds, default=15.0, help="the longest conversation (default: 15)")
     serving("--token", help=f"what clients must know, as ?token= in the address (default: ${TOKEN}, or none)")

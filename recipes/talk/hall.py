@@ -11,6 +11,10 @@ from mm.errors import InputError
 KEEPALIVE = 5.0  # seconds after which a client hears something: Kyutai's page gives up after 10
 
 
+class Full(InputError):
+    """Neither a place nor one in the queue is left."""
+
+
 class Hall:
     """`capacity` conversations at once, and `queue` clients in line, first come, first served."""
 
@@ -23,9 +27,9 @@ class Hall:
     @contextlib.asynccontextmanager
     async def place(self, tell: Callable[[int], Awaitable[None]]) -> AsyncIterator[None]:
         """A place, once there is one; until then `tell` gets the place in the queue, at once, when it changes and every
-        few seconds. Raises InputError when the queue is full."""
+        few seconds. Raises `Full`."""
         if self.live + len(self.line) >= self.capacity + self.most:
-            raise InputError(f"all {self.capacity} places are taken and {self.most} clients wait already; come later")
+            raise Full(f"all {self.capacity} places are taken and {self.most} clients wait already; come later")
         ticket = object()
         self.line.append(ticket)
         try:

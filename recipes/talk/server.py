@@ -12,7 +12,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 from aiohttp import web
 
@@ -21,7 +20,7 @@ from mm.errors import InputError
 
 from . import protocol
 from .engine import Engine
-from .hall import Hall
+from .hall import Full, Hall
 from .limits import Limits
 from .metrics import Metrics, memory
 from .partner import Partner
@@ -70,7 +69,7 @@ class Server:
         app = web.Application(middlewares=[errors_as_sentences])
         app.router.add_get("/api/chat", self.chat)
         app.router.add_get("/health", self.health)
-        app.router.add_get("/metrics", self.told)
+        app.router.add_get("/metrics", self.exposition)
         app.router.add_get("/", self.page)
         if self.address.static is not None:
             app.router.add_static("/", self.address.static)
@@ -101,7 +100,7 @@ class Server:
                  "model": self.partner.name, "version": mm.__version__, **self.gauges()}
         return web.json_response(about, status=200 if well else 503)
 
-    async def told(self, request: web.Request) -> web.Response:
+    async def exposition(self, request: web.Request) -> web.Response:
         self.check_token(request)
         text = self.metrics.text(self.gauges() | {"memory_bytes": memory()})
         return web.Response(text=text, content_type="text/plain", charset="utf-8")
@@ -134,7 +133,7 @@ class Server:
             self.sessions.add(session)
             await session.run()
         except InputError as error:
-            self.metrics.add("complaints")
+            self.metrics.add("refused" if isinstance(error, Full) else "complaints")
             return str(error), REFUSED
         except Over as over:
             return str(over), over.code
@@ -160,17 +159,22 @@ class Server:
             return
         bearer = request.headers.get("Authorization", "").removeprefix("Bearer ")
         given = (request.query.get("token"), request.query.get("worker_auth_id"), bearer)
-        if not any(one and hmac.compare_digest(one.encode(), wanted.encode()) for one in given):
+        if not any(one and same(one, wanted) for one in given):
             self.metrics.add("refused")
             raise web.HTTPUnauthorized(reason="this server wants a token: add ?token=... to the address")
 
     def check_origin(self, request: web.Request) -> None:
         """A browser says which page connects: not any page that a person happens to read may."""
         origin = request.headers.get("Origin")
-        if origin is None or origin in self.address.origins or urlsplit(origin).netloc == request.host:
+        if origin is None or origin in self.address.origins or origin.partition("://")[2] == request.host:
             return
         self.metrics.add("refused")
-        raise web.HTTPForbidden(reason=f"pages of {origin} may not connect; --origin allows them")
+        raise web.HTTPForbidden(reason=f"pages of {origin!r} may not connect; --origin allows them")
+
+
+def same(given: str, wanted: str) -> bool:
+    """In a time that tells nothing of either, whatever bytes a client sent."""
+    return hmac.compare_digest(*(one.encode(errors="surrogatepass") for one in (given, wanted)))
 
 
 async def farewell(socket: web.WebSocketResponse, sentence: str, code: int) -> None:
@@ -178,7 +182,7 @@ async def farewell(socket: web.WebSocketResponse, sentence: str, code: int) -> N
     try:
         async with asyncio.timeout(2):
             await socket.send_bytes(protocol.error(sentence))
-            await socket.close(code=code, message=sentence.encode()[:120])
+            await socket.close(code=code, message=sentence.encode()[:120].decode(errors="ignore").encode())
     except (ConnectionError, TimeoutError):
         pass
 
@@ -194,6 +198,13 @@ async def errors_as_sentences(request: web.Request, handler: Callable[[web.Reque
         return web.json_response({"error": error.reason}, status=error.status)
 
 
+def shown(host: str) -> str:
+    """A host that was listened on, as it stands in an address."""
+    if host in ("127.0.0.1", "0.0.0.0", "::", "::1"):
+        return "localhost"
+    return f"[{host}]" if ":" in host else host
+
+
 async def serve(server: Server, ready: Callable[[str], None]) -> None:
     """Until cancelled; `ready` gets the page's address. Raises InputError when the port cannot be had."""
     address = server.address
@@ -204,8 +215,7 @@ async def serve(server: Server, ready: Callable[[str], None]) -> None:
             await web.TCPSite(runner, address.host, address.port, ssl_context=address.tls).start()
         except OSError as error:
             raise InputError(f"--host {address.host} --port {address.port}: {error.strerror}") from None
-        shown = "localhost" if address.host in ("127.0.0.1", "0.0.0.0", "::") else address.host
-        ready(f"{'https' if address.tls else 'http'}://{shown}:{runner.addresses[0][1]}/")
+        ready(f"{'https' if address.tls else 'http'}://{shown(address.host)}:{runner.addresses[0][1]}/")
         await asyncio.Event().wait()
     finally:
         await runner.cleanup()

@@ -132,7 +132,7 @@ class Session:
                 async with asyncio.timeout(self.limits.session):
                     await self.speak()
             except TimeoutError:
-                raise InputError(f"a conversation lasts at most {self.limits.session / 60:g} minutes here") from None
+                raise Over(f"a conversation lasts at most {self.limits.session / 60:g} minutes here", REFUSED) from None
             finally:
                 self.seated = False
                 self.engine.leave(self.seat)
@@ -162,6 +162,8 @@ class Session:
     def check(self) -> None:
         if self.over is not None:
             raise self.over
+        if not self.engine.is_alive():
+            raise Over("the engine has stopped; the server's log shows why", FAILED)
         if self.seated and time.monotonic() - self.heard_at > self.limits.silence:
             raise InputError(f"nothing was heard for {self.limits.silence:g} s")
 

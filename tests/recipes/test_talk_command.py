@@ -21,7 +21,7 @@ from mm.codecs.spec import MimiSpec, Quantizer
 from mm.errors import InputError
 from mm.recipes import weights
 from mm.recipes.cli import main
-from mm.recipes.talk import capacity
+from mm.recipes.talk import capacity, command
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.partner import Partner
 from mm.recipes.talk.wishes import Wishes
@@ -179,20 +179,23 @@ def test_as_many_places_as_a_step_is_fast_enough_for(model, monkeypatch):
     assert capacity.capacity(partner) == 1
     monkeypatch.undo()
     assert 0 < capacity.step_seconds(partner, 2) < 5
+    assert f"at most {capacity.MOST})" in " ".join(command.arguments().format_help().split())
 
 
 def test_a_server_from_start_to_stop(model):
     process = subprocess.Popen([sys.executable, "-m", "mm.recipes.cli", "talk", "--model", str(model), "--port", "0",
-                                "--no-browser", "--sessions", "3"], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                               text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
+                                "--no-browser", "--sessions", "3", "--token", "a+b &c"], stdout=subprocess.PIPE,
+                               stderr=subprocess.PIPE, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"})
     try:
         line = process.stdout.readline()
         assert " for 3 at once: http://localhost:" in line
         url = line.split("at once: ")[1].split()[0]
-        with urllib.request.urlopen(url + "health") as reply:
+        with urllib.request.urlopen(url.split("?")[0] + "health") as reply:
             assert json.load(reply)["capacity"] == 3
         with urllib.request.urlopen(url) as reply:
             assert b"<title>mm talk</title>" in reply.read()
+        with urllib.request.urlopen(url.replace("/?", "/metrics?")) as reply:
+            assert b"mm_talk_capacity 3" in reply.read()
     finally:
         process.send_signal(signal.SIGTERM)
         out, err = process.communicate(timeout=20)

@@ -16,7 +16,7 @@ from mm.errors import InputError
 from mm.recipes.talk import command, engine, protocol, session, sound
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.limits import Limits
-from mm.recipes.talk.server import Address, Server, serve
+from mm.recipes.talk.server import Address, Server, serve, shown
 from mm.recipes.talk.wishes import Wishes
 from mm.stop import TextStream
 
@@ -93,6 +93,7 @@ def test_the_queue_says_its_place_and_moves(partner):
                 await third.listen(lambda it: len(it.told) == 2)
                 return second, third, full, health, server
     second, third, full, health, server = asyncio.run(go())
+    assert server.metrics.counts["refused"] == 1 and not server.metrics.counts["complaints"]
     assert second.told[0]["queue"] == 1 and [told["queue"] for told in third.told] == [2, 1]
     assert second.kinds[:2] == [4, 0] and 0 not in third.kinds
     assert "2 clients wait already" in full
@@ -108,6 +109,7 @@ BAD = {
     "too fast": ("format=pcm", [protocol.audio(bytes(48000))] * 12, "10 s of sound ahead"),
     "too many": ("", [protocol.PING] * 900, "200 messages a second"),
     "a wish": ("text_temperature=hot", [], "text_temperature should be a number from 0 to 100, not 'hot'"),
+    "a long wish": ("text_temperature=x" + "%C3%A9" * 200, [], "from 0 to 100, not 'xéé"),
 }
 
 
@@ -177,7 +179,7 @@ def test_who_never_sends_and_who_talks_too_long(partner, monkeypatch):
 
     async def go():
         limits = Limits(silence=0.3, session=1.5)
-        async with served(partner, limits=limits) as (client, _), Speaker.joined(client, GREEDY) as silent, \
+        async with served(partner, limits=limits) as (client, server), Speaker.joined(client, GREEDY) as silent, \
                 Speaker.joined(client, GREEDY) as talker:
             async def talk():
                 while not talker.socket.closed:
@@ -186,9 +188,9 @@ def test_who_never_sends_and_who_talks_too_long(partner, monkeypatch):
             talking = asyncio.create_task(talk())
             ends = await asyncio.gather(silent.ended(), talker.ended())
             talking.cancel()
-            return ends
-    silent, talker = asyncio.run(go())
-    assert silent == "nothing was heard for 0.3 s" and "lasts at most 0.025 minutes" in talker
+            return *ends, server.metrics.counts["complaints"]
+    silent, talker, complaints = asyncio.run(go())
+    assert complaints == 1 and silent == "nothing was heard for 0.3 s" and "lasts at most 0.025 minutes" in talker
 
 
 def test_who_vanishes_leaves_the_place_to_others(partner):
@@ -275,6 +277,28 @@ def test_a_step_that_fails_ends_its_sessions_and_not_the_server(partner, monkeyp
     assert "the model failed in this step" in sentence and code == 1011 and len(speaker.wave) == 2 * FRAME
 
 
+def test_an_engine_that_has_stopped_is_told_to_who_talks_and_who_comes(partner, monkeypatch):
+    monkeypatch.setattr(session, "KEEPALIVE", 0.05)
+
+    async def go():
+        async with served(partner) as (client, server), Speaker.joined(client, GREEDY) as there:
+            await there.listen(lambda it: 4 in it.kinds)
+            await asyncio.to_thread(server.engine.stop)
+            async with Speaker.joined(client, GREEDY) as late:
+                return await there.ended(), await late.ended(), (await client.get("/health")).status
+    there, late, health = asyncio.run(go())
+    assert there == late == "the engine has stopped; the server's log shows why" and health == 503
+
+
+async def raw(client, headers: bytes) -> bytes:
+    """The status of an answer to headers that no client library would send."""
+    reader, writer = await asyncio.open_connection(client.host, client.port)
+    writer.write(b"GET /api/chat HTTP/1.1\r\nHost: here\r\n" + headers + b"\r\nConnection: close\r\n\r\n")
+    answer = await reader.read()
+    writer.close()
+    return answer.split()[1]
+
+
 def test_who_may_come_in(partner):
     async def go():
         async with served(partner, token="secret", origins=("https://friend.example",)) as (client, _):
@@ -283,16 +307,20 @@ def test_who_may_come_in(partner):
                 return reply.status, (await reply.json()).get("error", "") if reply.status > 400 else ""
             refused = await status("/api/chat?token=guess")
             foreign = await status("/api/chat?token=secret", Origin="https://evil.example")
+            odd = [await raw(client, header) for header in (
+                b"Authorization: Bearer \xff", b"Authorization: Bearer secret\r\nOrigin: http://[",
+                b"Authorization: Bearer secret\r\nOrigin: http://\xff")]
             metrics = await status("/metrics"), (await client.get("/metrics?token=secret")).status
             for query in ("token=secret", "worker_auth_id=secret"):
                 async with Speaker.joined(client, query) as speaker:
                     await speaker.listen(lambda it: it.kinds)
             async with client.ws_connect("/api/chat?token=secret", headers={"Origin": "https://friend.example"}) as it:
                 friend = (await it.receive()).data
-            return refused, foreign, metrics, speaker.kinds, friend, (await client.get("/health")).status
-    refused, foreign, metrics, kinds, friend, health = asyncio.run(go())
+            return refused, foreign, odd, metrics, speaker.kinds, friend, (await client.get("/health")).status
+    refused, foreign, odd, metrics, kinds, friend, health = asyncio.run(go())
+    assert odd == [b"401", b"403", b"403"]
     assert refused[0] == 401 and "?token=" in refused[1]
-    assert foreign[0] == 403 and "evil.example may not connect" in foreign[1]
+    assert foreign[0] == 403 and "evil.example' may not connect" in foreign[1]
     assert metrics[0][0] == 401 and metrics[1] == 200 and kinds[0] == 0 and friend == b"\x00" and health == 200
 
 
@@ -325,6 +353,12 @@ def test_https_and_another_page(partner, tmp_path):
     pages, status, first = asyncio.run(go())
     assert ready[0].startswith("https://localhost:") and pages == ["theirs", "1"] and status == 404
     assert first == b"\x00" and not server.engine.is_alive()
+
+
+@pytest.mark.parametrize("host, seen", [("0.0.0.0", "localhost"), ("::1", "localhost"), ("fe80::1", "[fe80::1]"),
+                                         ("box.lan", "box.lan")])
+def test_the_address_that_is_shown(host, seen):
+    assert shown(host) == seen
 
 
 def test_a_port_that_is_taken(partner):
