@@ -3,16 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import torch
 from torch import Tensor
 
+from mm.checkpoint import replacing
 from mm.errors import InputError
 
 from .resample import Resampler
+
+if TYPE_CHECKING:
+    from soundfile import SoundFile
 
 BLOCK = 1 << 16  # samples read at a time
 UNKNOWN = 0xFFFFFFFF  # the size in WAV files that were written to a pipe
@@ -70,6 +75,26 @@ def open_sound(path: str | Path) -> Sound:
     if not found.samples:
         raise InputError(f"{path}: the sound is empty")
     return found
+
+
+@contextmanager
+def new_sound(path: Path, rate: int, channels: int) -> Iterator[SoundFile]:
+    """A file to write samples (L, C) at `rate` Hz to, in the format that its suffix names; it is there once the block
+    has ended well. Raises InputError for formats that are not known or take no such sound, and where nothing can be
+    written."""
+    import soundfile
+
+    kind = path.suffix[1:].upper()
+    if kind not in soundfile.available_formats():
+        raise InputError(f"{path}: {path.suffix or 'no suffix'} is not a sound format; "
+                         "write to .wav, .flac, .ogg or .mp3")
+    with replacing(path) as part:
+        try:
+            file = soundfile.SoundFile(part, "w", rate, channels, format=kind)
+        except (soundfile.LibsndfileError, TypeError, ValueError) as error:
+            raise InputError(f"{path}: {kind} takes no {channels} channel(s) at {rate} Hz ({error})") from None
+        with file:
+            yield file
 
 
 def cut_off(path: Path) -> bool:

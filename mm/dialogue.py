@@ -203,6 +203,10 @@ def step(model: DuplexLM, heard: Tensor, state: DuplexState, rows: Tensor | None
     """See `DuplexLM.step`."""
     own, wide = model.spec.own, state.rows(rows)
     check(model, state, heard, rows, given)
+    if given is not None and given.device.type == "cpu":  # elsewhere it would wait for the step before
+        chosen = given.masked_fill(given == UNKNOWN, NONE)
+        check_tokens("a given text", chosen[:, 0], model.spec.text.most)
+        check_tokens("given codes", chosen[:, 1:], model.spec.card)
     if model.spec.heard:
         state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
     inputs = state.read(model.initial, wide).unsqueeze(2)
@@ -223,12 +227,12 @@ def step(model: DuplexLM, heard: Tensor, state: DuplexState, rows: Tensor | None
 @torch.no_grad()
 def prompt(model: DuplexLM, own: Tensor, heard: Tensor, state: DuplexState, rows: Tensor | None) -> None:
     """See `DuplexLM.prompt`: the steps of all its frames, read by the temporal stack at once."""
+    if own.ndim != 3 or heard.ndim != 3 or own.shape[2] != heard.shape[2] or not own.shape[2]:
+        raise InputError(f"a prompt holds frames, as many said {tuple(own.shape)} as heard {tuple(heard.shape)}")
     wide, inputs, delays = state.rows(rows), [], state.delays[:own.shape[1]]
     check(model, state, heard[..., 0], rows, own[..., 0])
-    if own.ndim != 3 or heard.ndim != 3 or own.shape[2] != heard.shape[2]:
-        raise InputError(f"a prompt holds as many frames said {tuple(own.shape)} as heard {tuple(heard.shape)}")
-    check_tokens("text", own[:, 0], model.spec.text.most)
-    check_tokens("codes", torch.cat([own[:, 1:], heard], 1), model.spec.card)
+    check_tokens("a prompt's text", own[:, 0], model.spec.text.most)
+    check_tokens("a prompt's codes", torch.cat([own[:, 1:], heard], 1), model.spec.card)
     for t in range(own.shape[2]):
         if model.spec.heard:
             state.put(own.shape[1], state.rows(heard[..., t]), column(state.delays[own.shape[1]:], own.device), wide)
@@ -250,4 +254,4 @@ def check_tokens(name: str, tokens: Tensor, most: int) -> None:
     """Raises InputError for tokens that no table has; `NONE` stands for one that is not there."""
     odd = tokens[(tokens < NONE) | (tokens > most)]
     if len(odd):
-        raise InputError(f"a prompt's {name} should be tokens up to {most}, or {NONE} for none, not {odd[0].item()}")
+        raise InputError(f"{name} should be tokens up to {most}, or {NONE} for none, not {odd[0].item()}")

@@ -189,7 +189,8 @@ class DuplexLM(Pretrained):
              hooks: Hooks = NO_HOOKS) -> Frame:
         """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`mm.dialogue`
         says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
-        this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state."""
+        this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state, and on a
+        CPU where given tokens are none of the model's."""
         return step(self, heard, state, rows, given, hooks)
 
     def prompt(self, own: Tensor, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None) -> None:

@@ -115,35 +115,18 @@ def framed(model: Mimi, sound, chunk: int) -> Iterator[Tensor]:
 
 
 def decode(args: argparse.Namespace) -> int:
-    import soundfile
-
-    from mm.checkpoint import replacing
+    from ..codecs.sound import new_sound
 
     reader, model = opened(args.codes, args)
-    h, kind = reader.header, args.sound.suffix[1:].upper()
-    if kind not in soundfile.available_formats():
-        raise InputError(f"{args.sound}: {args.sound.suffix or 'no suffix'} is not a sound format; "
-                         "write to .wav, .flac, .ogg or .mp3")
+    h = reader.header
     start, left = time.perf_counter(), h.samples
-    with (replacing(args.sound) as part, written(part, h, kind, args.sound) as file,
-          bar("decoding", h.seconds, model) as progress):
+    with new_sound(args.sound, h.rate, h.channels) as file, bar("decoding", h.seconds, model) as progress:
         for wave in decoded(model, reader.blocks(CHUNK), CHUNK):
             file.write(wave[0, :, :left].T.clamp(-1, 1).numpy())
             left -= min(left, wave.shape[2])
             progress.step(wave.shape[2] // h.frame)
     print(f"{args.sound}: {h.seconds:.1f} s of sound, {pace(time.perf_counter() - start, h.seconds)}")
     return 0
-
-
-def written(part: Path, header, kind: str, target: Path):
-    """A sound file to write to. Raises InputError for a format that does not take such sound."""
-    import soundfile
-
-    try:
-        return soundfile.SoundFile(part, "w", header.rate, header.channels, format=kind)
-    except (soundfile.LibsndfileError, TypeError, ValueError) as error:
-        raise InputError(f"{target}: {kind} takes no {header.channels} channel(s) at {header.rate} Hz "
-                         f"({error})") from None
 
 
 def opened(path: Path, args: argparse.Namespace):

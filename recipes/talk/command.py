@@ -119,8 +119,8 @@ def arguments() -> argparse.ArgumentParser:
     serving("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
     serving("--port", type=port, default=PORT, help=f"default: {PORT}, where Kyutai's clients look; 0: a free one")
     serving("--no-browser", dest="browser", action="store_false", help="do not open a browser")
-    serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for, at "
-            "most 8)")
+    serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for, "
+            "at most 8)")
     serving("--queue", type=positive, default=32, help="clients that may wait for a place (default: 32)")
     serving("--minutes", type=seconds, default=15.0, help="the longest conversation (default: 15)")
     serving("--token", help=f"what clients must know, as ?token= in the address (default: ${TOKEN}, or none)")

@@ -10,12 +10,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.checkpoint import replacing
-from mm.errors import InputError
 from mm.stop import TextStream
 
 from ...codecs.framing import Framer
-from ...codecs.sound import open_sound
+from ...codecs.sound import new_sound, open_sound
 from ..search.progress import Bar
 from .dialogues import Dialogues
 from .partner import Partner
@@ -24,12 +22,6 @@ from .partner import Partner
 def answer(partner: Partner, args: argparse.Namespace) -> int:
     """Writes a sound as long as the question and `--after` seconds of silence, in time with it; prints the text.
     Raises InputError."""
-    import soundfile
-
-    kind = args.to.suffix[1:].upper()
-    if kind not in soundfile.available_formats():
-        raise InputError(f"{args.to}: {args.to.suffix or 'no suffix'} is not a sound format; "
-                         "write to .wav, .flac, .ogg or .mp3")
     sound = open_sound(args.file)
     steps = round((sound.seconds + args.after) / partner.seconds)
     words, s = TextStream(partner.model.tokenizer), partner.model.spec.text
@@ -37,8 +29,7 @@ def answer(partner: Partner, args: argparse.Namespace) -> int:
     plain = partner.wishes
     wishes = replace(plain, text=replace(plain.text, seed=args.seed), audio=replace(plain.audio, seed=args.seed))
     dialogues.enter("file", wishes)
-    with (replacing(args.to) as part, Bar("answering", steps) as bar,
-          soundfile.SoundFile(part, "w", partner.rate, 1, format=kind) as file):
+    with new_sound(args.to, partner.rate, 1) as file, Bar("answering", steps) as bar:
         for frame in frames(partner, sound.blocks(partner.rate, 1), args.after):
             said = dialogues.step({"file": frame})["file"]
             bar.step()

@@ -47,7 +47,7 @@ def with_questions(job: DuplexJob, data: DuplexModule) -> list[Recording]:
     known, found = {entry.where: entry for entry in read_manifest(job.data.val or job.data.path)}, []
     for one in data.validation.dialogues:
         entry = known[one.where]
-        if entry.sound is not None and "turns" in read_json(entry.words) and len(found) < SPOKEN:
+        if len(found) < SPOKEN and entry.sound is not None and "turns" in read_json(entry.words):
             found.append(recording(entry))
     return found
 

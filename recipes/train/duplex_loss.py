@@ -36,28 +36,41 @@ def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tens
     """codes (B, 1 + Q, T), documents (B, T) of packed conversations. Tokens that are not there and those that stand
     before a stream's first do not count; the padding of the text counts less, the first codebook more. deep (N,): the
     frames of the batch, numbered row by row, whose codes count (none: all)."""
-    frames, s = model.frames(codes, documents), model.spec
-    hidden = model.hidden(frames.inputs, conditions, documents=documents)
-    text, known = frames.targets[:, 0].flatten(), frames.known[:, 0].expand(len(codes), -1).flatten()
-    idle = (text == s.text.padding) | (text == s.text.word_end)
-    counts = known * torch.where(idle, settings.text_padding, 1.0)
-    summed, entropy, _ = score(hidden.flatten(0, 1)[None], model.head.weight[None], model.head.bias, text[None],
-                               counts[None], known[None])
-    tokens, there = (x.expand(len(codes), -1, -1)[:, :1 + s.own].transpose(0, 1).flatten(1)
+    frames, own = model.frames(codes, documents), model.spec.own
+    hidden = model.hidden(frames.inputs, conditions, documents=documents).flatten(0, 1)
+    tokens, known = (x.expand(len(codes), -1, -1)[:, :1 + own].transpose(0, 1).flatten(1)
                      for x in (frames.targets, frames.known))  # (1 + own, B * T)
-    hidden = hidden.flatten(0, 1)
+    text, entropy, worth = of_text(model, hidden, tokens[0], known[0], settings)
+    words = known[0].sum()
     if deep is not None:
-        hidden, tokens, there = hidden[deep], tokens[:, deep], there[:, deep]
-    there = there[1:]
-    worth = there * torch.tensor([settings.first_codebook, *[1.0] * (s.own - 1)][:s.own],
-                                 device=codes.device)[:, None]
+        hidden, tokens, known = hidden[deep], tokens[:, deep], known[:, deep]
+    audio, right, worths = of_codes(model, hidden, tokens, known[1:], settings)
+    return Losses(text, audio, torch.stack([worth, worths]), entropy, words, right, known[1:].sum(1))
+
+
+def of_text(model: DuplexLM, hidden: Tensor, tokens: Tensor, known: Tensor, settings: DuplexLoss
+            ) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D) of frames, their text (N,) and where it is known -> sums of weighted cross-entropies, of entropies
+    and of weights."""
+    idle = (tokens == model.spec.text.padding) | (tokens == model.spec.text.word_end)
+    worth = known * torch.where(idle, settings.text_padding, 1.0)
+    loss, entropy, _ = score(hidden[None], model.head.weight[None], model.head.bias, tokens[None], worth[None],
+                             known[None])
+    return loss.sum(), entropy.sum(), worth.sum()
+
+
+def of_codes(model: DuplexLM, hidden: Tensor, tokens: Tensor, known: Tensor, settings: DuplexLoss
+             ) -> tuple[Tensor, Tensor, Tensor]:
+    """hidden (N, D) of frames, their tokens (1 + own, N) and where the codes are known (own, N) -> the sum of weighted
+    cross-entropies, how many codes are the likeliest (own,), and the sum of weights."""
     if model.depth is None:
-        audio, right = summed.new_zeros(()), worth.new_zeros(0)
-    else:
-        made, head = model.depth.hidden(hidden[None], tokens[None]).squeeze(1), model.depth.head
-        audio, _, right = score(made, head.weight, head.bias, tokens[1:], worth, there)
-    return Losses(summed.sum(), audio.sum(), torch.stack([counts.sum(), worth.sum()]), entropy.sum(), known.sum(),
-                  right, there.sum(1))
+        nothing = hidden.new_zeros((), dtype=torch.float32)
+        return nothing, nothing.new_zeros(0), nothing
+    share = torch.tensor([settings.first_codebook, *[1.0] * (len(known) - 1)], device=hidden.device)
+    worth, head = known * share[:, None], model.depth.head
+    made = model.depth.hidden(hidden[None], tokens[None]).squeeze(1)
+    loss, _, right = score(made, head.weight, head.bias, tokens[1:], worth, known)
+    return loss.sum(), right, worth.sum()
 
 
 def losses_of(model: DuplexLM, batch: DuplexBatch, settings: DuplexLoss, deep: Tensor | None = None) -> Losses:

@@ -75,9 +75,10 @@ class DuplexShape:
     delay: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("own", "heard"):
-            if getattr(self, name) < 1:
-                raise InputError(f"shape.{name} must be at least 1, not {getattr(self, name)}")
+        for name in ("own", "heard", "width", "depth", "heads", "kv_heads", "deep_width", "deep_depth", "deep_heads",
+                     "sets"):
+            if (count := getattr(self, name)) is not None and count < 1:
+                raise InputError(f"shape.{name} must be at least 1, not {count}")
         for width, heads in ((self.width, self.heads), (self.deep_width, self.deep_heads)):
             if width % heads or width // heads % 2:
                 raise InputError(f"a width of {width} does not give {heads} heads of one even width")

@@ -33,7 +33,7 @@ from mm.recipes.talk.codec_of import Note
 from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
-from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss
+from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss, DuplexShape
 from mm.recipes.train.fit_duplex import fit, keep_codec
 from mm.recipes.weights import codec_small
 from mm.tokenizer import train_bpe
@@ -212,6 +212,12 @@ def test_every_option_says_what_it_is(capsys):
 
 
 # ------------------------------------------------------------------------------------------------- data
+@pytest.mark.parametrize("name", ["heads", "deep_heads", "kv_heads", "depth", "sets"])
+def test_a_shape_has_some_of_everything(name):
+    with pytest.raises(InputError, match=f"shape.{name} must be at least 1, not 0"):
+        DuplexShape(**{name: 0})
+
+
 def test_a_model_may_say_and_hear_fewer_codebooks_than_there_are(data, tmp_path):
     out = train(data, tmp_path / "few", "--shape.own", "2", "--shape.heard", "1", "--loss.depth", "0.5",
                 "--trainer.max_steps", "2")
