@@ -97,9 +97,9 @@ def streams(ours: Mimi, small: Mimi, official: Any, wave: Tensor) -> list[Case]:
     return [Case(case="stream, 1 thread", ours=ms["ours"], peer=ms["peer"], ratio=ms["peer"] / ms["ours"], at_least=2.5,
                  unit="ms"),
             Case(case="the same, 99th percentile", ours=late["ours"], peer=late["peer"], unit="ms"),
-            limit("stream in real time", ms["ours"], 60),
-            limit("stream, int8 transformers", ms["int8"], 40),
-            limit(f"{STREAMS} streams in one step", 1000 * statistics.median(eight), 180)]
+            Case.limited("stream in real time", ms["ours"], 60),
+            Case.limited("stream, int8 transformers", ms["int8"], 40),
+            Case.limited(f"{STREAMS} streams in one step", 1000 * statistics.median(eight), 180)]
 
 
 def stepper(model: Mimi, rows: int) -> Step:
@@ -116,10 +116,6 @@ def by_turns(steps: dict[str, Step], frames: tuple[Tensor, ...]) -> dict[str, li
             steps[name](frame)
             spent[name].append(time.perf_counter() - start)
     return {name: times[min(WARMUP, len(times) - 1) :] for name, times in spent.items()}
-
-
-def limit(case: str, ms: float, most: float) -> Case:
-    return Case(case=f"{case}, at most {most} ms", ours=ms, ratio=most / ms, at_least=1.0, unit="ms")
 
 
 def state_and_quality(ours: Mimi, small: Mimi, wave: Tensor) -> list[Case]:

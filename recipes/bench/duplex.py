@@ -1,5 +1,5 @@
 """`mm bench duplex`: a 33M duplex model against the official moshi package with the same weights on a CPU: a step of
-one session on one thread, and a training step, time and memory."""
+one session on one thread, and a training step, time and memory; and a step of 8 sessions with the models that ship."""
 
 from __future__ import annotations
 
@@ -20,6 +20,9 @@ from mm.duplex import DuplexLM
 from mm.errors import InputError
 
 from ..search.arguments import positive
+from ..talk.capacity import step_seconds
+from ..talk.command import MODEL
+from ..talk.partner import Partner
 from ..train.duplex_loss import losses
 from ..train.duplex_settings import DuplexLoss
 from .loss import peak
@@ -27,6 +30,7 @@ from .report import Case, cores, interleave, report
 
 PACKAGES = ("torch", "moshi")
 CONTEXT, FRAMES, ROWS, LENGTH = 250, 20, 4, 125
+SESSIONS, MOST = 8, 80  # ms of a step of so many
 CONFIG: dict[str, Any] = {
     "dim": 320, "text_card": 2000, "existing_text_padding_id": 3, "n_q": 16, "dep_q": 8, "card": 2048, "num_heads": 5,
     "num_layers": 6, "hidden_scale": 4.125, "causal": True, "layer_scale": None, "context": CONTEXT,
@@ -46,7 +50,7 @@ def duplex(argv: list[str]) -> int:
     parser.add_argument("--json", metavar="FILE", help="write the figures here")
     args = parser.parse_args(argv)
     os.environ["NO_TORCH_COMPILE"] = "1"  # the official package would compile for a while, or fail without a compiler
-    cases = streaming(args.repeats)
+    cases = streaming(args.repeats) + sessions(args.repeats)
     torch.set_num_threads(args.threads)
     return report("duplex", [*cases, *training(args.repeats)], packages=PACKAGES, json_file=args.json)
 
@@ -93,6 +97,15 @@ def streaming(repeats: int) -> list[Case]:
         timing = interleave(mine, theirs, repeats)
     case = Case.timed(f"{size(ours)}, {FRAMES} steps of a session, one thread", timing, at_least=1.5)
     return [case]
+
+
+def sessions(repeats: int) -> list[Case]:
+    """The shipped models, from the frames that all sessions hear to those that they say."""
+    torch.set_num_threads(1)
+    partner = Partner.open(MODEL, device="cpu")
+    partner.arrange(SESSIONS)
+    ms = 1000 * step_seconds(partner, SESSIONS, FRAMES * repeats)
+    return [Case.limited(f"{MODEL}, {SESSIONS} sessions in one step, one thread", ms, MOST)]
 
 
 def training(repeats: int) -> list[Case]:

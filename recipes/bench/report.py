@@ -60,6 +60,11 @@ class Case:
     def timed(cls, case: str, timing: Timing, at_least: float | None = None) -> Case:
         return cls(case=case, ours=timing.ours, peer=timing.peer, ratio=timing.ratio, at_least=at_least, unit="s")
 
+    @classmethod
+    def limited(cls, case: str, ms: float, most: float) -> Case:
+        """Milliseconds that should be at most so many."""
+        return cls(case=f"{case}, at most {most} ms", ours=ms, ratio=most / ms, at_least=1.0, unit="ms")
+
 
 def interleave(ours: Callable[[], Any], peer: Callable[[], Any], repeats: int, warmup: int = 1) -> Timing:
     """Calls both in turns, the order swapped every time, after `warmup` untimed calls of each."""

@@ -25,12 +25,12 @@ def capacity(partner: Partner) -> int:
     return held
 
 
-def step_seconds(partner: Partner, count: int) -> float:
-    """The median of a few steps of `count` conversations."""
+def step_seconds(partner: Partner, count: int, steps: int = STEPS) -> float:
+    """The median of so many steps of `count` conversations."""
     dialogues, spent = Dialogues(partner, count), []
     for key in range(count):
         dialogues.enter(key, Wishes())
-    for _ in range(STEPS + 2):
+    for _ in range(steps + 2):
         start = time.perf_counter()
         dialogues.step({key: np.zeros(partner.frame, np.float32) for key in range(count)})
         spent.append(time.perf_counter() - start)

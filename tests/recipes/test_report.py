@@ -28,6 +28,11 @@ def test_a_case_passes_from_its_threshold_on():
         Case(case="a", ours=1.0, unit="s", at_least=1.0)
 
 
+def test_a_limit_holds_up_to_itself():
+    assert [(case.case, case.ratio, case.ok) for case in (Case.limited("step", ms, 80) for ms in (40, 80, 160))] == [
+        ("step, at most 80 ms", 2, True), ("step, at most 80 ms", 1, True), ("step, at most 80 ms", 0.5, False)]
+
+
 def test_what_could_not_be_measured_is_a_line_too(tmp_path):
     """A peer that cannot is only told; without a number of our own the report falls short."""
     peer = Case(case="a", ours=1.0, unit="s", at_least=2.0, note="the peer cannot: out of memory")
