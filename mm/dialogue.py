@@ -203,10 +203,7 @@ def step(model: DuplexLM, heard: Tensor, state: DuplexState, rows: Tensor | None
     """See `DuplexLM.step`."""
     own, wide = model.spec.own, state.rows(rows)
     check(model, state, heard, rows, given)
-    if given is not None and given.device.type == "cpu":  # elsewhere it would wait for the step before
-        chosen = given.masked_fill(given == UNKNOWN, NONE)
-        check_tokens("a given text", chosen[:, 0], model.spec.text.most)
-        check_tokens("given codes", chosen[:, 1:], model.spec.card)
+    check_given(model, given)
     if model.spec.heard:
         state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
     inputs = state.read(model.initial, wide).unsqueeze(2)
@@ -248,6 +245,14 @@ def check(model: DuplexLM, state: DuplexState, heard: Tensor, rows: Tensor | Non
     for name, value, streams in (("heard", heard, s.heard), ("given", given, 1 + s.own)):
         if value is not None and (tuple(value.shape) != (batch, streams) or value.is_floating_point()):
             raise InputError(f"{name} should be integers ({batch}, {streams}), not {value.dtype} {tuple(value.shape)}")
+
+
+def check_given(model: DuplexLM, given: Tensor | None) -> None:
+    """On a CPU alone: elsewhere this would wait for the step before."""
+    if given is not None and given.device.type == "cpu":
+        chosen = given.masked_fill(given == UNKNOWN, NONE)
+        check_tokens("a given text", chosen[:, 0], model.spec.text.most)
+        check_tokens("given codes", chosen[:, 1:], model.spec.card)
 
 
 def check_tokens(name: str, tokens: Tensor, most: int) -> None:

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
-from .search.arguments import device_option, positive
+from .search.arguments import choose_device, device_option, positive
 from .search.progress import Bar
 
 if TYPE_CHECKING:
@@ -51,8 +51,7 @@ def load(args: argparse.Namespace) -> Mimi:
     from ..codecs.mimi import Mimi
     from .weights import shipped
 
-    device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = Mimi.from_pretrained(shipped(args.model), dtype=torch.float32, device=device)
+    model = Mimi.from_pretrained(shipped(args.model), dtype=torch.float32, device=choose_device(args.device))
     args.weights = model.fingerprint()
     if args.int8:
         for stack in (model.encoder_stack, model.decoder_stack):

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from mm.errors import InputError
 
-from .search.arguments import device_option, positive
+from .search.arguments import choose_device, device_option, positive
 from .search.files import PictureFile, batches, read_ahead, read_bytes
 from .search.pictures import decode, walk
 from .search.progress import Bar
@@ -49,7 +49,6 @@ def extract(folder: str, name: str, target: Path, layers: Sequence[int], batch: 
     import torch
 
     from ..encoders.any import open_model
-    from .search.embed import choose_device
 
     found = walk(folder)
     if not found.files:

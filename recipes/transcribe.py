@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from mm.errors import InputError
 
 from .packaged import packaged
-from .search.arguments import device_option, positive
+from .search.arguments import choose_device, device_option, positive
 
 if TYPE_CHECKING:
     from ..encoders.transcribe import Transcript
@@ -56,8 +56,7 @@ def load(name: str | None, device: str | None) -> Whisper:
 
     from ..encoders.whisper import Whisper
 
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    model = Whisper.from_pretrained(name or installed(), dtype=torch.float32, device=device)
+    model = Whisper.from_pretrained(name or installed(), dtype=torch.float32, device=choose_device(device))
     arrange(model.decoder)
     return model
 

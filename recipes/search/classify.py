@@ -15,8 +15,8 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .arguments import device_option, positive
-from .embed import MODEL, Embedder, choose_device
+from .arguments import choose_device, device_option, positive
+from .embed import MODEL, Embedder
 from .files import Walk, batches, read_ahead, read_bytes
 from .pictures import decode, walk
 from .progress import Bar

@@ -11,13 +11,13 @@ import numpy as np
 
 from mm.errors import InputError
 
+from .arguments import choose_device
 from .pictures import decode
 from .pictures import walk as walk_pictures
 from .texts import LONGEST, passages
 from .texts import walk as walk_texts
 
 if TYPE_CHECKING:
-    import torch
     from torch import Tensor
 
     from mm.encoder import TextEncoder
@@ -144,15 +144,3 @@ def full_name(name: str | Path) -> str:
 def unit(features: Tensor) -> np.ndarray:
     features = features.float().cpu()
     return (features / features.norm(dim=-1, keepdim=True)).numpy()
-
-
-def choose_device(name: str | None) -> torch.device:
-    """The device of that name, or the GPU if there is one. Raises InputError for one that this machine lacks."""
-    import torch
-
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        return torch.empty(0, device=name).device
-    except (RuntimeError, AssertionError):
-        raise InputError(f"--device {name}: this machine or this torch has no such device") from None

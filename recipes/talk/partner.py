@@ -10,6 +10,7 @@ from mm.errors import InputError
 from mm.sampling import Sampling
 from mm.spec import Choice
 
+from ..search.arguments import choose_device
 from ..weights import shipped
 from .codec_of import Note, codec_of
 from .wishes import Wishes
@@ -65,7 +66,7 @@ class Partner:
 
         from ...codecs.mimi import Mimi
 
-        place = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
+        place = choose_device(device)
         where, dtype = shipped(name), torch.float32 if place.type == "cpu" else None
         model = DuplexLM.from_pretrained(where, dtype=dtype, device=place)
         found = shipped(codec) if codec else codec_of(where, model)

@@ -142,10 +142,10 @@ def conversations(data: DuplexModule, step: int) -> str:
 
 
 def introduce(job: DuplexJob, data: DuplexModule, model: DuplexLM, checkpoint: Path | None) -> None:
-    counts = [sum(p.numel() for p in model.parameters() if p.requires_grad or not trained) / 1e6
-              for trained in (False, True)]
+    counts = [(p.numel() / 1e6, p.requires_grad) for p in model.parameters()]
+    whole, trained = sum(count for count, _ in counts), sum(count for count, trains in counts if trains)
     held: Any = data.validation.frames if data.validation else 0
     print(f"{len(data.training.dialogues)} conversations of {data.training.frames:,} frames, {held:,} frames to "
-          f"evaluate on, {counts[0]:.2f} million parameters, {counts[1]:.2f} trained, {job.trainer.max_steps} steps of "
+          f"evaluate on, {whole:.2f} million parameters, {trained:.2f} trained, {job.trainer.max_steps} steps of "
           f"{job.data.batch_size} x {job.data.length} frames"
           + (f"\ncontinuing {checkpoint}" if checkpoint else ""), file=sys.stderr)

@@ -433,7 +433,7 @@ def test_best_labels_are_ranked():
 
 
 def test_an_unknown_device_is_one_sentence():
-    from mm.recipes.search.embed import choose_device
+    from mm.recipes.search.arguments import choose_device
 
     with pytest.raises(InputError, match="--device abacus"):
         choose_device("abacus")

@@ -115,6 +115,7 @@ def test_what_is_refused(model, tmp_path, capsys):
             ([*named, "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.doc")], ".doc is not a sound"),
             ([*named, "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.raw")], "RAW takes no 1 channel"),
             ([*named, "--file", str(tmp_path / "no.wav"), "--to", str(tmp_path / "a.wav")], "no.wav"),
+            ([*named, "--device", "abacus"], "--device abacus: this machine"),
             ([*named, "--sinks", "6"], "6 positions that stay in sight need a causal window that is longer"),
             ([*named, "--cert", "a.pem"], "--cert and --key go together"),
             ([*named, "--cert", "a.pem", "--key", "b.pem"], "no certificate and its key"),

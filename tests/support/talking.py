@@ -43,9 +43,9 @@ def words() -> bytes:
     return model.getvalue()
 
 
-def fast() -> MimiSpec:
+def fast(rate: int = RATE) -> MimiSpec:
     """A codec of real frames, 80 ms at 24 kHz, that costs next to nothing."""
-    return MimiSpec(seanet=Seanet(filters=2, ratios=(8, 6, 5, 4)), encoder=codec.SPEC.encoder,
+    return MimiSpec(rate=rate, seanet=Seanet(filters=2, ratios=(8, 6, 5, 4)), encoder=codec.SPEC.encoder,
                     decoder=codec.SPEC.decoder, quantizer=Quantizer(codebooks=8, size=12, dim=16))
 
 
@@ -54,9 +54,9 @@ def lm() -> DuplexLM:
     return duplex.small(text=spec.TextStream(vocab=WORDS), delays=(0, 0, 1, 1, 1, 0, 1, 1, 1))
 
 
-def partner() -> Partner:
+def partner(rate: int = RATE) -> Partner:
     torch.manual_seed(0)
-    made = Partner(lm(), codec.small(fast()), "small")
+    made = Partner(lm(), codec.small(fast(rate)), "small")
     with tempfile.TemporaryDirectory() as folder:
         (Path(folder) / "tokenizer.model").write_bytes(words())
         made.model.tokenizer = load_tokenizer(folder)
