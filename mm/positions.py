@@ -76,18 +76,19 @@ class AlibiBias(nn.Module):
         super().__init__()
         self.heads = heads
 
-    def slopes(self) -> list[float]:
-        """A geometric series for a power of two; for other counts, every second slope of the next power fills up."""
+    def slopes(self, device: torch.device) -> Tensor:
+        """(H,): a geometric series for a power of two; for other counts, every second slope of the next power fills up.
+        Made on the device, which a copy to it would wait for."""
         whole = 2 ** math.floor(math.log2(self.heads))
-        base = [2 ** (-8 * (i + 1) / whole) for i in range(whole)]
-        return base + [2 ** (-4 * (2 * i + 1) / whole) for i in range(self.heads - whole)]
+        i = torch.arange(1, whole + 1, device=device)
+        return torch.cat([torch.exp2(i * (-8 / whole)), torch.exp2((2 * i[:self.heads - whole] - 1) * (-4 / whole))])
 
     def forward(self, q_at: At, k_at: At) -> Tensor:
         distance = (q_at.position.unsqueeze(-1) - k_at.position.unsqueeze(-2)).abs().unsqueeze(1)
-        return -distance * torch.tensor(self.slopes(), device=distance.device)[:, None, None]
+        return -distance * self.slopes(distance.device)[:, None, None]
 
     def by_offset(self, device: torch.device) -> ByOffset:
-        return ByOffset(torch.tensor(self.slopes(), device=device))
+        return ByOffset(self.slopes(device))
 
 
 class BucketBias(nn.Module):

@@ -83,7 +83,7 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
     out = by_token(call.q, call.v.shape[3])
     lse = call.q.new_empty(batch, count, length, dtype=torch.float32)
     pieces = splits(call)
-    if pieces > 1:
+    if pieces:
         decode_in(pieces, call, out, lse)
         return out, lse
     if HOPPER_IS_FASTER and suits_hopper(call) and torch.cuda.get_device_capability(call.q.device) == (9, 0):
@@ -109,14 +109,15 @@ def forward_on_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
 
 
 def splits(call: Call) -> int:
-    """Into how many parts keys are split: as many as fill the GPU twice, where all rows are one small tile."""
+    """Into how many parts `decode` splits keys: as many as fill the GPU twice, where all rows are one small tile and
+    keys are many; 0 where they are not."""
     tile, (length, keys) = decode_tile(call), call.lengths
     group = call.q.shape[1] // call.k.shape[1]
-    if length * group > tile.rows or call.dropout:
-        return 1
+    if length * group > tile.rows or keys < 2 * tile.keys or call.dropout:
+        return 0
     processors = torch.cuda.get_device_properties(call.q.device).multi_processor_count if call.q.is_cuda else 132
     programs = call.q.shape[0] * call.k.shape[1]
-    return max(1, min(2 * processors // max(programs, 1), keys // (2 * tile.keys)))
+    return max(1, min(2 * processors // programs, keys // (2 * tile.keys)))
 
 
 def decode_in(pieces: int, call: Call, out: Tensor, lse: Tensor) -> None:

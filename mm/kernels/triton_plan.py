@@ -98,6 +98,8 @@ def suits_hopper(call: Call) -> bool:
 
 def decode_tile(call: Call) -> Tile:
     """All rows at once; keys as they stream in from memory."""
+    if call.q.dtype == torch.float32:
+        return Tile(16, 32, 8, 2)
     rows = power(call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]))
     return Tile(min(rows, 64), 64 if widest(call) <= 128 else 32, 4, 3)
 

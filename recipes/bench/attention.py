@@ -16,23 +16,25 @@ from mm.errors import InputError
 from mm.kernels.problem import Problem
 from mm.spec import CAUSAL, Buckets, Rope, Sight
 
-from .attention_check import LONG, TOLERANCE, checks
+from .attention_check import DROPPED, LONG, TOLERANCE, checks
 from .attention_compile import MATRIX, in_processes, try_compiling
 from .attention_compile import measure as compiled
 from .attention_peers import flex, masked, plain, rotated_first
 from .attention_questions import CHECKED, Question, weights
 from .attention_time import (
-    Lost,
+    CAPTURED,
+    EAGER,
+    Measured,
     Peer,
     Run,
-    against,
+    alike,
     attempt,
-    both_ways,
     captured,
     compare,
-    forward_alone,
-    in_a_graph,
+    forward,
     milliseconds,
+    timed,
+    versus,
 )
 from .report import Case, report
 
@@ -46,8 +48,8 @@ LONGER = dict(batch=1, kv=4, length=16384)
 BEYOND = {"window 1024 in 16384, GQA 4:1": (Question(**LONGER, sight=Sight(left=1023, right=0)), 2.0, 1.2),
           "packed documents of 512 in 16384, GQA 4:1": (Question(**LONGER, tokens="documents", **CAUSALLY), 3.0, 1.1),
           "softcap, causal, 8192 tokens": (Question(softcap=30.0, **CAUSALLY), None, 1.5),
+          "learned sinks, causal, 8192 tokens": (Question(sinks=True, **CAUSALLY), None, 1.5),
           "T5 bias, 8192 tokens": (Question(bias=Buckets()), None, 1.5)}
-SINKS = Question(sinks=True, **CAUSALLY)
 # how many times faster than RoPE, then SDPA
 ROTATED = {"ViT-B/16, 256 x 197 tokens": (Question(batch=256, heads=12, kv=12, length=197, width=64, rope=Rope()), 1.2),
            **{f"depth transformer, 512 x {length} tokens": (
@@ -55,7 +57,7 @@ ROTATED = {"ViT-B/16, 256 x 197 tokens": (Question(batch=256, heads=12, kv=12, l
 CACHES = 2**29  # bytes
 DECODED = {f"decode, batch {batch}, context {context}, GQA 8:1": Question(
     batch=batch, heads=32, kv=4, length=1, keys=context, tokens="ring", **CAUSALLY)
-    for batch in (1, 8, 64) for context in (4096, 32768, 131072) if batch * context <= 2**22}
+    for batch in (1, 8, 64) for context in (4096, 32768, 131072)}
 
 
 def attention(argv: list[str]) -> int:
@@ -74,16 +76,24 @@ def attention(argv: list[str]) -> int:
 
 
 def full(device: torch.device) -> list[Case]:
-    """Checks, then timings; what fails is a line of its own, and a GPU that is lost ends the list."""
+    """Checks, then timings, each told as it comes. What fails is a line of its own; an interruption, or a GPU that is
+    lost, ends the list and not the report."""
     torch.manual_seed(0)
     cases: list[Case] = []
     try:
         compiled_ahead(device)
         for case in chain(checks(device), measure(device)):
             cases.append(case)
-    except Lost as lost:
-        cases.append(Case(case="all that follows", ours=None, unit="", note=f"the GPU was lost: {lost}"))
+            print(" ", in_words(case), file=sys.stderr, flush=True)
+    except (Exception, KeyboardInterrupt) as error:
+        cases.append(Case(case="all that follows", ours=None, unit="", note=f"{type(error).__name__}: {error}"))
     return cases
+
+
+def in_words(case: Case) -> str:
+    numbers = {"": case.ours, ", peer": case.peer, ", ratio": case.ratio}
+    told = "".join(f"{what} {number:.4g}" for what, number in numbers.items() if number is not None)
+    return f"{case.case}:{told} ({case.unit}){'' if case.note is None else f' {case.note}'}"
 
 
 def compiled_ahead(device: torch.device) -> None:
@@ -97,9 +107,9 @@ def compiled_ahead(device: torch.device) -> None:
 def everything() -> Iterator[tuple[Question, torch.dtype]]:
     for dtype in TOLERANCE:
         yield from ((question, dtype) for question in CHECKED.values())
-    timed = [*(given[0] for given in (*PLAIN.values(), *BEYOND.values(), *ROTATED.values())), SINKS, LONG,
-             *DECODED.values()]
-    yield from ((question, torch.bfloat16) for question in timed)
+    yield DROPPED, torch.float32
+    asked = [*(given[0] for given in (*PLAIN.values(), *BEYOND.values(), *ROTATED.values())), LONG, *DECODED.values()]
+    yield from ((question, torch.bfloat16) for question in asked)
 
 
 def measure(device: torch.device) -> Iterator[Case]:
@@ -113,13 +123,14 @@ def measure(device: torch.device) -> Iterator[Case]:
         q, k, v, problem, mine = made(question, device)
         peers = {} if over_mask is None else {"SDPA with a mask": Peer(partial(masked, q, k, v, problem), over_mask)}
         peers["FlexAttention"] = Peer(partial(flex, q, k, v, problem), over_flex)
-        yield from compare(name, mine, peers, [q, k, v, *weights(problem)])
-    yield from sinks(device)
+        leaves = [q, k, v, *weights(problem)]
+        yield from compare(name, mine, timed(mine, leaves), peers, leaves)
     for name, (question, at_least) in ROTATED.items():
         q, k, v, problem, mine = made(question, device)
-        for timed, asked in ((both_ways, None), (in_a_graph, at_least)):
+        for passes, asked in ((EAGER, None), (CAPTURED, at_least)):
             peer = {"RoPE, then SDPA": Peer(partial(rotated_first, q, k, v, problem), asked)}
-            yield from compare(f"rotation and attention, {name}", mine, peer, [q, k, v], timed)
+            yield from compare(f"rotation and attention, {name}", mine, timed(mine, [q, k, v], passes), peer, [q, k, v],
+                               passes)
     for name, question in DECODED.items():
         yield decoded(name, question, bandwidth, device)
 
@@ -137,23 +148,25 @@ def plain_run(name: str, question: Question, floors: list[float | None], ceiling
     """TFLOP/s, on Hopper also of the kernel whose warps specialise, and the vendors' kernels."""
     q, k, v, problem, mine = made(question, device)
     flops = 4 * q.numel() * question.length / (2 if question.sight == CAUSAL else 1)
-    spent, failure = attempt(lambda: both_ways(mine, [q, k, v]))
-    for way, times, floor in zip(("forward", "backward"), (1.0, 2.5), floors, strict=False):
-        yield from speed(f"{name}, {way}", spent and times * flops / spent[way] / 1e9, floor, ceiling, failure)
+    own = timed(mine, [q, k, v])
+    yield from speed(f"{name}, forward", own["forward"], flops, floors[0], ceiling)
+    yield from speed(f"{name}, backward", own["backward"], 2.5 * flops, floors[1], ceiling)
     if device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0):
-        spent, failure = attempt(lambda: against(mine, by_hopper(q, k, v, problem), [], forward_alone))
-        yield from speed(f"{name}, forward where warps specialise", spent and flops / spent["forward"] / 1e9, floors[2],
-                         ceiling, failure)
-    yield from compare(name, mine, plain(q, k, v, problem), [q, k, v])
+        case = f"{name}, forward where warps specialise"
+        special = attempt(lambda: forward(alike(mine, lambda: by_hopper(q, k, v, problem)), []))
+        yield from speed(case, special, flops, floors[2], ceiling)
+        yield versus(f"{case}, against the portable kernel", special, own["forward"])
+    yield from compare(name, mine, own, plain(q, k, v, problem), [q, k, v])
 
 
-def speed(name: str, reached: float | None, floor: float | None, ceiling: float | None,
-          failure: str | None) -> Iterator[Case]:
+def speed(name: str, measured: Measured, flops: float, floor: float | None, ceiling: float | None) -> Iterator[Case]:
     """TFLOP/s, and their share of a matrix product's."""
+    spent, failure = measured
+    reached = spent and flops / spent / 1e9
     yield Case(case=name, ours=reached, peer=floor, unit="TFLOP/s", at_least=floor and 1.0,
                ratio=floor and reached and reached / floor, note=failure)
     yield Case(case=f"{name}, share of a matrix product's", ours=reached and ceiling and reached / ceiling, unit="",
-               note=failure)
+               note=failure or (None if ceiling else "no matrix product was measured"))
 
 
 def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
@@ -167,14 +180,6 @@ def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
         forward_on_hopper(call, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
     return run
-
-
-def sinks(device: torch.device) -> Iterator[Case]:
-    q, k, v, problem, mine = made(SINKS, device)
-    spent, failure = attempt(lambda: both_ways(mine, [q, k, v, problem.sinks]))
-    for way in ("forward", "backward"):
-        yield Case(case=f"learned sinks, causal, 8192 tokens, {way} (nobody else trains them)",
-                   ours=spent and spent[way] / 1e3, unit="s", note=failure)
 
 
 def decoded(name: str, question: Question, bandwidth: float | None, device: torch.device) -> Case:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -18,6 +17,7 @@ from .report import Case
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WHAT = ("output", "dq", "dk", "dv", "weights", "weights")
+DROPPED = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
 LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, sight=Sight(left=255, right=0))
 
 
@@ -42,7 +42,6 @@ def checks(device: torch.device) -> Iterator[Case]:
 
 
 def line(name: str, error: float | None, most: float, failure: str | None) -> Case:
-    print(f"  check: {name}", file=sys.stderr)
     return Case(case=f"check: {name}", ours=error, peer=most, unit="of the largest number", note=failure, at_least=1.0,
                 ratio=None if error is None else most / max(error, 1e-12))
 
@@ -52,10 +51,11 @@ def check(question: Question, device: torch.device, dtype: torch.dtype) -> tuple
     from mm.kernels.operator import by_kernel
 
     qkv, problem = question.tensors(device, dtype), question.problem(device)
-    answers = []
-    for y in (by_kernel(*qkv, problem), reference(*(x.double() for x in qkv), problem)):
-        upstream = torch.ones_like(y) / y.shape[2]
-        answers.append((y, *torch.autograd.grad(y, [*qkv, *weights(problem)], upstream)))
+    ours, exact = by_kernel(*qkv, problem), reference(*(x.double() for x in qkv), problem)
+    answers, upstream = [], torch.randn_like(ours)
+    for y in (ours, exact):
+        grads = torch.autograd.grad(y, [*qkv, *weights(problem)], upstream.to(y.dtype)) if question.trained else ()
+        answers.append((y, *grads))
     return max(((what, far(*both)) for what, *both in zip(WHAT, *answers, strict=False)), key=lambda one: one[1])
 
 
@@ -69,8 +69,7 @@ def dropped(device: torch.device) -> float:
     """Identity values turn the output into the weights, which tell the mask; the oracle then takes the same."""
     from mm.kernels.operator import by_kernel
 
-    question = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
-    (q, k, v), problem = question.tensors(device, torch.float32), question.problem(device)
+    (q, k, v), problem = DROPPED.tensors(device, torch.float32), DROPPED.problem(device)
 
     def run(values: Tensor) -> Tensor:
         torch.manual_seed(0)

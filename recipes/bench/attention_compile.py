@@ -6,6 +6,7 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing import get_context
@@ -23,6 +24,7 @@ MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # matrix instructions; 16 ro
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use
 NONE_SPILLS = ("forward", "forward_hopper", "decode", "reach_keys", "reach_queries")
 SOME_SPILL = 32  # bytes that others may
+Binary = tuple[str, str, Any]  # kernel, tile, what Triton made of it
 
 
 @dataclass(frozen=True)
@@ -44,7 +46,7 @@ class Compiled:
 
 
 @contextmanager
-def elsewhere(arch: int) -> Iterator[list[Compiled]]:
+def elsewhere(arch: int) -> Iterator[list[Binary]]:
     """Inside, kernels are compiled for compute capability arch / 10 instead of started; yields what was compiled."""
     from triton.backends.compiler import GPUTarget
     from triton.runtime import driver
@@ -63,13 +65,13 @@ def elsewhere(arch: int) -> Iterator[list[Compiled]]:
         def get_current_target(self) -> GPUTarget:
             return GPUTarget("cuda", arch, 32)
 
-    compiled: list[Compiled] = []
+    compiled: list[Binary] = []
 
     def compile_only(kernel: Any, grid: tuple[int, ...], *args: Any, **options: Any) -> None:
         plan = options.get("plan")
         binary = kernel.warmup(*args, grid=grid, **options)
         tile = f"{plan.rows} x {plan.keys}, {binary.metadata.num_warps} warps" if plan else "row"
-        compiled.append(inspect(kernel.fn.__name__, tile, binary, arch))
+        compiled.append((kernel.fn.__name__, tile, binary))
 
     real = triton_launch.launch, triton_plan.shared_memory
     triton_launch.launch, triton_plan.shared_memory = compile_only, lambda device: SHARED[arch]
@@ -100,7 +102,11 @@ def output(*command: Any) -> str:
 
 
 def compile_all(question: Question, dtype: torch.dtype, arch: int) -> list[Compiled]:
-    """Every kernel that a question starts, with the backward pass of all but decoding."""
+    """Every kernel that a question starts."""
+    return [inspect(*binary, arch) for binary in binaries(question, dtype, arch)]
+
+
+def binaries(question: Question, dtype: torch.dtype, arch: int) -> list[Binary]:
     from mm.kernels import triton_launch, triton_plan
     from mm.kernels.operator import arguments
 
@@ -110,7 +116,7 @@ def compile_all(question: Question, dtype: torch.dtype, arch: int) -> list[Compi
         out, lse = triton_launch.attention(call)
         if arch == 90 and triton_plan.suits_hopper(call):
             triton_launch.forward_on_hopper(call, out, lse)
-        if question.tokens != "ring":
+        if question.trained:
             triton_launch.gradients(call, torch.empty_like(out), out, lse)
     return compiled
 
@@ -130,17 +136,18 @@ def measure(arch: int) -> list[Case]:
 
 
 def in_processes(compiling: Callable[..., Any], jobs: list[tuple[Question, torch.dtype, int]]) -> list[Any]:
-    """As many at once as there are cores; Triton keeps what it compiled on disk."""
+    """As many at once as there are cores; Triton keeps what it compiled on disk. Raises BrokenProcessPool if the
+    compiler ends a process."""
     if cores() == 1:
         return [compiling(*job) for job in jobs]
-    with get_context("spawn").Pool(min(cores(), 16, len(jobs))) as pool:
-        return pool.starmap(compiling, jobs, chunksize=1)
+    with ProcessPoolExecutor(min(cores(), 16, len(jobs)), get_context("spawn")) as pool:
+        return list(pool.map(compiling, *zip(*jobs, strict=True)))
 
 
 def try_compiling(*job: Any) -> None:
     """Into Triton's cache; what fails here fails again where it is run, and is told there."""
     with suppress(Exception):
-        compile_all(*job)
+        binaries(*job)
 
 
 def cases(name: str, found: Compiled) -> list[Case]:

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
 from mm import rope
 from mm.kernels.problem import Problem
@@ -24,11 +24,12 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.E
 
 
 def plain(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> dict[str, Peer]:
-    """Of one plain run: SDPA as it chooses and by each fast kernel, and flash-attn where it is installed."""
+    """Of one plain run: SDPA as it chooses and by each fast kernel, FlexAttention, flash-attn where it is installed."""
     causal = problem.sight == CAUSAL
     given = {"SDPA": Peer(lambda: partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal))}
     for backend in BACKENDS:
         given[f"SDPA {backend.name.lower()}"] = Peer(lambda backend=backend: by_backend(backend, q, k, v, causal))
+    given["FlexAttention"] = Peer(partial(flex, q, k, v, problem))
     if find_spec("flash_attn") is not None:
         given["flash-attn"] = Peer(lambda: flash(q, k, v, causal))
     return given
@@ -70,18 +71,28 @@ def flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
     """FlexAttention compiled, for runs at 0..T-1 and packed documents, with a block mask made beforehand."""
     everyone = problem.sight == EVERYWHERE and problem.q_at.document is None
     blocks = None if everyone else create_block_mask(seen(problem), None, None, q.shape[2], k.shape[2], device=q.device)
-    run, change = compiled(), score(problem)
-    return lambda: run(q, k, v, score_mod=change, block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    how = dict(score_mod=score(problem), block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    if problem.sinks is None:
+        run = compiled(flex_attention)
+        return lambda: run(q, k, v, **how)
+    run = compiled(with_sinks)
+    return lambda: run(q, k, v, problem.sinks, **how)
 
 
-def compiled() -> Callable[..., Tensor]:
-    """FlexAttention anew: for the shapes of one question alone, and with a backward pass that can run many times."""
+def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **how: Any) -> Tensor:
+    """Learned sinks by what FlexAttention tells of its sums: a sink shrinks a row by the share that it takes."""
+    out, told = flex_attention(q, k, v, **how, return_aux=AuxRequest(lse=True))
+    return out * torch.sigmoid(told.lse - sinks[:, None]).unsqueeze(-1).to(out.dtype)
+
+
+def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Anew: for the shapes of one question alone, and with a backward pass that can run many times."""
     import torch._dynamo
     import torch._functorch.config
 
     torch._dynamo.reset()
     torch._functorch.config.donated_buffer = False
-    return torch.compile(flex_attention, dynamic=False)
+    return torch.compile(call, dynamic=False)
 
 
 def seen(problem: Problem) -> Callable[..., Tensor]:

@@ -38,6 +38,11 @@ class Question:
     rope: Rope | None = None
     dropout: float = 0.0
 
+    @property
+    def trained(self) -> bool:
+        """Whether it has a backward pass: decoding has none."""
+        return self.tokens != "ring"
+
     def tensors(self, device: torch.device, dtype: torch.dtype) -> list[Tensor]:
         """q, k and v, which want gradients."""
         keys = self.keys or self.length
@@ -95,6 +100,7 @@ FEATURES = {
     "rotation, interleaved": dict(rope=Rope(layout="interleaved")), "groups of 7": dict(heads=14, sight=CAUSAL),
     **{f"heads {width}/{value}": dict(width=width, value_width=value, sight=CAUSAL)
        for width, value in ((32, 32), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))},
+    "few queries over many keys": dict(heads=16, length=3, keys=3000),
     "decoding": dict(tokens="ring", heads=16, length=1, keys=3000, sight=CAUSAL, rope=Rope()),
 }
 CHECKED = {name: Question(**{**SMALL, **more}) for name, more in FEATURES.items()}

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import gc
-import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +14,8 @@ from torch import Tensor
 from .report import Case, Timing
 
 Run = Callable[[], Tensor]
+Measured = tuple[float | None, str | None]  # milliseconds, or why there are none
+Passes = dict[str, Callable[[Run, list[Tensor]], float]]  # what is timed of a call, and how
 ALIKE = 5e-2  # bfloat16 outputs differ by no more than this share of the largest number
 
 
@@ -33,7 +35,7 @@ def milliseconds(run: Callable[[], Any]) -> float:
     """Median of many calls, caches flushed between them."""
     from triton.testing import do_bench
 
-    return do_bench(run, warmup=50, rep=200, quantiles=[0.5])
+    return do_bench(run, warmup=100, rep=200, quantiles=[0.5])
 
 
 def captured(run: Callable[[], Any]) -> float:
@@ -59,53 +61,61 @@ def attempt(run: Callable[[], Any]) -> tuple[Any, str | None]:
     return None, reason
 
 
-def both_ways(run: Run, leaves: list[Tensor]) -> dict[str, float]:
-    """Milliseconds of the forward and of the backward pass, as they are called one by one."""
+def forward(run: Run, leaves: list[Tensor]) -> float:
     with torch.no_grad():
-        ahead = milliseconds(run)
+        return milliseconds(run)
+
+
+def backward(run: Run, leaves: list[Tensor]) -> float:
     y = run()
     upstream = torch.randn_like(y)
-    return {"forward": ahead, "backward": milliseconds(lambda: torch.autograd.grad(y, leaves, upstream,
-                                                                                   retain_graph=True))}
+    return milliseconds(lambda: torch.autograd.grad(y, leaves, upstream, retain_graph=True))
 
 
-def forward_alone(run: Run, leaves: list[Tensor]) -> dict[str, float]:
+def forward_captured(run: Run, leaves: list[Tensor]) -> float:
     with torch.no_grad():
-        return {"forward": milliseconds(run)}
+        return captured(run)
 
 
-def in_a_graph(run: Run, leaves: list[Tensor]) -> dict[str, float]:
-    """Milliseconds of the forward pass and of both, inside a CUDA graph."""
+def both_captured(run: Run, leaves: list[Tensor]) -> float:
     with torch.no_grad():
-        ahead = captured(run)
         upstream = torch.randn_like(run())
-    return {"forward in a graph": ahead,
-            "forward and backward in a graph": captured(lambda: torch.autograd.grad(run(), leaves, upstream))}
+    return captured(lambda: torch.autograd.grad(run(), leaves, upstream))
 
 
-def compare(name: str, mine: Run, peers: dict[str, Peer], leaves: list[Tensor],
-            timed: Callable[[Run, list[Tensor]], dict[str, float]] = both_ways) -> Iterator[Case]:
-    """Every pass against each peer that can do it."""
-    print(f"  {name}", file=sys.stderr)
-    own, failure = attempt(lambda: timed(mine, leaves))
-    if failure is not None:
-        yield Case(case=name, ours=None, unit="s", note=f"ours fails: {failure}")
-        return
+EAGER: Passes = {"forward": forward, "backward": backward}
+CAPTURED: Passes = {"forward in a graph": forward_captured, "forward and backward in a graph": both_captured}
+
+
+def timed(run: Run, leaves: list[Tensor], passes: Passes = EAGER) -> dict[str, Measured]:
+    return {way: attempt(partial(clock, run, leaves)) for way, clock in passes.items()}
+
+
+def compare(name: str, mine: Run, own: dict[str, Measured], peers: dict[str, Peer], leaves: list[Tensor],
+            passes: Passes = EAGER) -> Iterator[Case]:
+    """Every pass against each peer that can do it. own: what `timed` gives of ours."""
     for peer, given in peers.items():
-        theirs, failure = attempt(lambda given=given: against(mine, given.make(), leaves, timed))
-        for way, spent in own.items():
-            case = f"{name}, {way}, against {peer}"
-            if failure is None:
-                yield Case.timed(case, Timing(ours=spent / 1e3, peer=theirs[way] / 1e3), given.at_least)
-            else:
-                yield Case(case=case, ours=spent / 1e3, unit="s", note=failure)
+        run, failure = attempt(lambda given=given: alike(mine, given.make))
+        theirs = timed(run, leaves, passes) if failure is None else dict.fromkeys(passes, (None, failure))
+        for way in passes:
+            yield versus(f"{name}, {way}, against {peer}", own[way], theirs[way], given.at_least)
 
 
-def against(mine: Run, run: Run, leaves: list[Tensor], timed: Callable[..., dict[str, float]]) -> dict[str, float]:
-    """Timings of a peer that answers the same question. Raises ValueError if it answers another."""
+def versus(case: str, ours: Measured, theirs: Measured, at_least: float | None = None) -> Case:
+    (spent, failure), (peer, peer_failure) = ours, theirs
+    if failure is not None:
+        return Case(case=case, ours=None, unit="s", note=f"ours fails: {failure}")
+    if peer_failure is not None:
+        return Case(case=case, ours=spent / 1e3, unit="s", note=peer_failure)
+    return Case.timed(case, Timing(ours=spent / 1e3, peer=peer / 1e3), at_least)
+
+
+def alike(mine: Run, make: Callable[[], Run]) -> Run:
+    """A peer that answers the same question. Raises ValueError if it answers another."""
     with torch.no_grad():
-        ours, theirs = mine().float(), run().float()
-        off = ((ours - theirs).abs().max() / ours.abs().max()).item()
+        ours = mine().float()
+        run = make()
+        off = ((ours - run().float()).abs().max() / ours.abs().max()).item()
     if not off <= ALIKE:
         raise ValueError(f"its answer is {off:.1e} from ours")
-    return timed(run, leaves)
+    return run

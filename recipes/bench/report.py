@@ -137,7 +137,7 @@ def gpu() -> str:
 
     if not torch.cuda.is_available():
         return ""
-    it = torch.cuda.get_device_properties(torch.cuda.current_device())
+    it = torch.cuda.get_device_properties(0)  # asks a GPU that was lost nothing
     told = f", {it.name}, {it.multi_processor_count} processors, {it.total_memory / 2**30:.0f} GiB, " \
            f"CUDA {torch.version.cuda}"
     try:

@@ -10,8 +10,12 @@ import torch
 
 from mm import rope
 from mm.kernels import choice, explain
+from mm.kernels.operator import arguments
+from mm.kernels.triton_launch import splits
+from mm.kernels.triton_plan import Call
 from mm.positions import BucketBias
 from mm.recipes.bench.attention_compile import SHARED, compile_all, suite
+from mm.recipes.bench.attention_questions import Question
 from mm.spec import CAUSAL, Buckets, Rope, Sight
 from mm.visibility import At, along
 
@@ -65,6 +69,16 @@ def test_compiled_for_hopper(name):
 @pytest.mark.parametrize("arch", [80, 90, 100])
 def test_compiled_for_every_gpu(name, arch):
     fits(name, arch)
+
+
+@pytest.mark.parametrize("batch, length, keys, parts", [(1, 1, 4096, 32), (1, 1, 131072, 66), (8, 1, 131072, 8),
+                                                        (64, 1, 131072, 1), (64, 1, 100, 0), (1, 40, 4096, 0)])
+def test_decoding_fills_the_gpu_whatever_the_batch(batch, length, keys, parts):
+    """Of 8 query heads to a key head: with keys in parts, with rows enough in one; 0 is the ordinary forward pass."""
+    question = Question(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", sight=CAUSAL)
+    meta = torch.device("meta")
+    call = Call(*arguments(*question.tensors(meta, torch.bfloat16), question.problem(meta)))
+    assert splits(call) == parts
 
 
 # ------------------------------------------------------------------------------------------------ the choice

@@ -38,9 +38,8 @@ def small(monkeypatch):
     shrink(monkeypatch, bench, "PLAIN", "BEYOND", "ROTATED", "DECODED")
     shrink(monkeypatch, attention_check, "CHECKED")
     monkeypatch.setattr(attention_check, "LONG", toy(attention_check.LONG))
-    monkeypatch.setattr(bench, "SINKS", toy(bench.SINKS))
     monkeypatch.setattr(bench, "CACHES", 1)
-    monkeypatch.setattr(attention_peers, "compiled", lambda: attention_peers.flex_attention)
+    monkeypatch.setattr(attention_peers, "compiled", lambda call: call)
     for name in ("forward_tile", "query_tile", "key_tile"):
         monkeypatch.setattr(triton_launch, name, lambda call: triton_launch.Tile(32, 32, 4, 1))
     for name in ("matmul_ceiling", "copy_bandwidth"):
@@ -69,7 +68,7 @@ def test_every_line_of_the_full_suite(monkeypatch, tmp_path):
     assert all(case["ok"] for case in checks) and len(checks) == 6, [case for case in checks if not case["ok"]]
     failed = {name: case["note"] for name, case in told.items() if "note" in case}
     lacking = [(name, f"SDPA {kind}_attention") for name in bench.PLAIN for kind in ("cudnn", "efficient")]  # on a CPU
-    lacking += [(name, "FlexAttention") for name in bench.BEYOND]
+    lacking += [(name, "FlexAttention") for name in (*bench.PLAIN, *bench.BEYOND)]
     assert set(failed) == {f"{name}, {way}, against {peer}" for name, peer in lacking
                            for way in ("forward", "backward")}, failed
     assert sum(name.startswith("decode") for name in told) == len(bench.DECODED)
@@ -107,7 +106,7 @@ def test_what_fails_on_either_side_is_a_line(monkeypatch):
     (name, (question, *floors)), *_ = bench.PLAIN.items()
     lines = list(bench.plain_run(name, question, floors, 2.0, CPU))
     assert not any(case.ok for case in lines)
-    assert all("OutOfMemoryError: CUDA out of memory" in case.note for case in lines) and len(lines) == 7
+    assert all("OutOfMemoryError: CUDA out of memory" in case.note for case in lines) and len(lines) == 17
     assert not bench.decoded("decode", bench.DECODED["decode, batch 1, context 4096, GQA 8:1"], 2.0, CPU).ok
 
 
@@ -116,16 +115,18 @@ def test_a_peer_that_answers_another_question_is_not_timed(monkeypatch):
     x = torch.ones(1, 1, 2, 4)
     peers = {name: attention_time.Peer(lambda factor=factor: lambda: factor * x, 1.5)
              for name, factor in (("wrong", 2), ("right", 1))}
-    monkeypatch.setattr(attention_time, "both_ways", lambda run, leaves: {"forward": 1.0})
-    wrong, right = attention_time.compare("case", lambda: x, peers, [], attention_time.both_ways)
+    passes = {"forward": attention_time.forward}
+    wrong, right = attention_time.compare("case", lambda: x, {"forward": (1.0, None)}, peers, [], passes)
     assert wrong.note == "ValueError: its answer is 1.0e+00 from ours" and wrong.peer is None and wrong.ok
     assert right.peer == 1e-3
 
 
-def test_a_gpu_that_is_lost_ends_the_list_and_not_the_report(monkeypatch):
+@pytest.mark.parametrize("error", [
+    attention_time.Lost("AcceleratorError: CUDA error: an illegal memory access was encountered"), KeyboardInterrupt()])
+def test_a_lost_gpu_or_an_interruption_ends_the_list_and_not_the_report(error, monkeypatch):
     def lost(device):
         yield bench.Case(case="first", ours=1.0, unit="s")
-        raise bench.Lost("AcceleratorError: CUDA error: an illegal memory access was encountered")
+        raise error
     monkeypatch.setattr(bench, "checks", lost)
     first, rest = bench.full(CPU)
-    assert first.ok and not rest.ok and "illegal memory access" in rest.note
+    assert first.ok and not rest.ok and rest.note == f"{type(error).__name__}: {error}"
