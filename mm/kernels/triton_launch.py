@@ -101,8 +101,8 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
 
 
 def forward_on_hopper(call: Call, out: Tensor, lse: Tensor) -> None:
-    plan = plan_of(call, HOPPER_TILE)
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=call.q.device))
+    plan, device = plan_of(call, HOPPER_TILE), call.q.device
+    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
     grid = (tiles_of(call.q.shape[2], plan.rows) * len(out), out.shape[1])
     launch(forward_hopper, grid, heads(call.q), heads(call.k), heads(call.v), heads(out), lse, call.sinks, call.scale,
            *call.lengths, plan=plan, **HOPPER_TILE.options)
