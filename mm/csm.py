@@ -49,12 +49,15 @@ class CSM(Pretrained):
 
     def hidden(self, codes: Tensor, *, state: StackState | None = None, rows: Tensor | None = None) -> Tensor:
         """(B, 1 + Q, T) -> (B, T, D) after the final norm."""
-        if codes.ndim != 3 or codes.shape[1] != 1 + self.count or codes.is_floating_point():
-            raise InputError(f"codes should be integers (B, {1 + self.count}, T), not {codes.dtype} "
-                             f"{tuple(codes.shape)}")
+        self.check(codes)
         text = codes[:, 0]
         x = self.text(text.clamp(min=0)) * (text != NONE).unsqueeze(-1) + self.codes(codes[:, 1:])
         return self.stack(x, state=state, rows=rows)
+
+    def check(self, codes: Tensor) -> None:
+        if codes.ndim != 3 or codes.shape[1] != 1 + self.count or not codes.shape[2] or codes.is_floating_point():
+            raise InputError(f"codes should be integers (B, {1 + self.count}, T), not {codes.dtype} "
+                             f"{tuple(codes.shape)}")
 
     def later(self, hidden: Tensor, said: Tensor) -> Tensor:
         """Logits of the codebooks after the first (B, Q - 1, T, card), of hidden (B, T, D) and the codes said."""
@@ -83,7 +86,11 @@ class CSM(Pretrained):
 
     def generate(self, codes: Tensor, sampling: Sampling = GREEDY) -> Iterator[Tensor]:
         """Frames (B, Q), one after the other, that follow codes (B, 1 + Q, T); a row ends with a frame of nothing but
-        `spec.end`, after which its frames are that. At most `sampling.max_tokens` frames."""
+        `spec.end`, after which its frames are that. At most `sampling.max_tokens` frames. Raises InputError on wrong
+        shapes and for more frames than the context."""
+        self.check(codes)
+        if codes.shape[2] > self.spec.context:
+            raise InputError(f"codes of {codes.shape[2]} frames are longer than the context, {self.spec.context}")
         state, settings = self.init_state(len(codes), chunk=codes.shape[2]), controls([sampling] * len(codes),
                                                                                     codes.device)
         ended = torch.zeros(len(codes), dtype=torch.bool, device=codes.device)

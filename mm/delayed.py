@@ -37,6 +37,8 @@ def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | 
     -> the words of each row, or those of the next frames of sessions that go on. Raises InputError on wrong shapes."""
     if model.spec.own:
         raise InputError(f"a model that says {model.spec.own} codebooks of its own is none for speech to text")
+    if codes.ndim != 3:
+        raise InputError(f"codes should be (B, {model.spec.heard}, T), not {tuple(codes.shape)}")
     state = model.init_state(len(codes)) if state is None else state
     words: list[list[Heard]] = [[] for _ in range(len(codes))]
     first = state.offset[::state.twice].tolist()

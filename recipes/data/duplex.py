@@ -89,8 +89,12 @@ class DuplexModule(lightning.LightningDataModule):
         super().__init__()
         self.data, self.spec, self.tokenizer, self.seed = data, model, tokenizer, seed
         self.cache = Path(data.cache or cache)
+        self.training: Packed | None = None
 
     def setup(self, stage: str = "fit") -> None:
+        """Reads the conversations, once: a trainer asks again."""
+        if self.training is not None:
+            return
         s, data = self.spec, self.data
         check_conditions(s.conditioning)
         codes = Codes(self.cache, data.codec, s.own, s.heard)

@@ -41,7 +41,8 @@ def talk(argv: list[str]) -> int:
         partner = opened(args)
         partner.arrange(1)
         return answer(partner, args)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("mm.talk").setLevel(logging.INFO)
     address, most = address_of(args), limits_of(args)
     with contextlib.suppress(KeyboardInterrupt):
         asyncio.run(run(opened(args), address, most, args))

@@ -52,8 +52,8 @@ class Partner:
         if odd:
             raise InputError(f"{self.name} cannot be told {odd[0]!r}, " + (f"only {', '.join(words)}" if words else
                                                                            "nor anything else"))
-        self.model.condition(self.conditions(1))
-        self.model.stack.sights(self.sinks)
+        self.model.condition(self.conditions(1))  # words that the model does not know,
+        self.model.stack.sights(self.sinks)  # and frames that it cannot keep in sight, raise
 
     @classmethod
     def open(cls, name: str, codec: str | None = None, device: str | None = None,

@@ -43,7 +43,7 @@ def exam(job: DuplexJob, data: DuplexModule) -> Measure:
 
 
 def with_questions(job: DuplexJob, data: DuplexModule) -> list[Recording]:
-    """The first so many."""
+    """The first `SPOKEN` that are held out of those that have a sound and say what was asked in it."""
     known, found = {entry.where: entry for entry in read_manifest(job.data.val or job.data.path)}, []
     for one in data.validation.dialogues:
         entry = known[one.where]

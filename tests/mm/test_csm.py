@@ -121,3 +121,8 @@ def test_files_in_both_directions(both, tmp_path):
 def test_bad_input(both):
     with pytest.raises(InputError, match=r"codes should be integers \(B, 9, T\)"):
         both[1](torch.zeros(1, 8, 4, dtype=torch.long))
+    longer = both[1].spec.context + 1
+    for shape, words in (((9, 4), "should be integers"), ((1, 9, 0), "should be integers"),
+                         ((1, 9, longer), f"codes of {longer} frames are longer than the context, {longer - 1}")):
+        with pytest.raises(InputError, match=words):
+            next(both[1].generate(torch.zeros(shape, dtype=torch.long)))

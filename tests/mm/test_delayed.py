@@ -66,6 +66,8 @@ def test_bad_input():
     model = duplex.small()
     with pytest.raises(InputError, match="none for speech to text"):
         transcribe(model, torch.zeros(1, 6, 3, dtype=torch.long), 2)
+    with pytest.raises(InputError, match=r"codes should be \(B, 2, T\), not \(2, 3\)"):
+        transcribe(duplex.small(depth=None, delays=(0, 0, 0)), torch.zeros(2, 3, dtype=torch.long), 2)
     with pytest.raises(InputError, match="hears nothing"):
         next(speak(model, [Script([[5]], model.spec.text)], model.init_state(1), 2))
     for word, token in (([5, 20], 20), ([-1], -1)):

@@ -27,16 +27,16 @@ from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
-from mm.recipes.data.duplex import Batches, batch_of
+from mm.recipes.data.duplex import Batches, DuplexModule, batch_of
 from mm.recipes.data.sampler import Order
 from mm.recipes.talk.codec_of import Note
 from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
-from mm.recipes.train.duplex_settings import DuplexJob, DuplexLoss, DuplexShape
-from mm.recipes.train.fit_duplex import fit, keep_codec
+from mm.recipes.train.duplex_settings import DuplexData, DuplexJob, DuplexLoss, DuplexShape
+from mm.recipes.train.fit_duplex import fit, keep_codec, new_spec
 from mm.recipes.weights import codec_small
-from mm.tokenizer import train_bpe
+from mm.tokenizer import load_tokenizer, train_bpe
 
 CONFIG = """
 shape: {width: 32, depth: 2, heads: 2, deep_width: 16, deep_depth: 1, deep_heads: 1, sets: 2, context: 12, rank: 8}
@@ -223,6 +223,15 @@ def test_a_model_may_say_and_hear_fewer_codebooks_than_there_are(data, tmp_path)
                 "--trainer.max_steps", "2")
     model = DuplexLM.from_pretrained(out / "model")
     assert (model.spec.own, model.spec.heard) == (2, 1)
+
+
+def test_conversations_are_read_once(data, tmp_path):
+    words, settings = load_tokenizer(data / "tokenizer"), DuplexData(path=str(data / "talks.jsonl"))
+    module = DuplexModule(settings, new_spec(DuplexShape(), words, OWN, HEARD, CARD), words, 0, tmp_path)
+    module.setup()
+    held = module.training
+    module.setup()
+    assert module.training is held
 
 
 def test_rows_hold_every_frame_once_a_pass():
