@@ -10,13 +10,16 @@ from mm.errors import InputError
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """message_bytes: of one message. messages, ahead: how many messages, and seconds of sound, a client may be ahead of
-    `messages_a_second` and of the clock. silence: seconds without sound that end a session; session: its most seconds.
-    queue: clients that may wait for a place. unsent: frames that wait for a client to take them."""
+    """message_bytes: of one message. messages, bytes, ahead: how many messages, bytes and seconds of sound a client may
+    be ahead of `messages_a_second`, `bytes_a_second` (samples at 48 kHz take 96,000) and the clock. silence: seconds
+    without sound that end a session; session: its most seconds. queue: clients that may wait for a place. unsent:
+    frames that wait for a client to take them."""
 
     message_bytes: int = 1 << 16
     messages_a_second: float = 200
     messages: float = 400
+    bytes_a_second: float = 1 << 17
+    bytes: float = 1 << 20
     ahead: float = 10
     silence: float = 30
     session: float = 900

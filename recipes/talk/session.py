@@ -54,6 +54,8 @@ class Session:
         self.heard_at, self.unsent, self.told = time.monotonic(), 0, (0, 0)
         self.messages = Allowance(limits.messages, limits.messages_a_second,
                                   f"more than {limits.messages_a_second:g} messages a second are too many")
+        self.bytes = Allowance(limits.bytes, limits.bytes_a_second,
+                               f"more than {limits.bytes_a_second} bytes a second are too many")
         self.sound = Allowance(limits.ahead, 1.05, f"more than {limits.ahead:g} s of sound ahead of time are too many: "
                                                    "send it as fast as it is spoken")
 
@@ -88,6 +90,7 @@ class Session:
                 return
             if len(message.data) > self.limits.message_bytes:
                 raise InputError(f"a message of {len(message.data)} bytes is longer than {self.limits.message_bytes}")
+            self.bytes.take(len(message.data))
             if (known := protocol.parse(message.data)) is not None:
                 await self.take(known)
 

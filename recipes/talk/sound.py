@@ -12,6 +12,7 @@ from mm.errors import InputError
 
 RATES = (8000, 16000, 24000, 48000)  # Hz, of Opus
 PIECE = 512  # bytes decoded at a time: a hostile packet of a few bytes can hold 0.12 s
+IDLE = 1 << 17  # bytes without any sound that are taken: a hostile packet need not end
 
 
 class Wire(Protocol):
@@ -33,14 +34,19 @@ class OggOpus:
 
         if rate not in RATES:
             raise InputError(f"Opus has no rate of {rate} Hz, only {', '.join(map(str, RATES))}")
-        self.reader, self.writer = OpusStreamReader(rate), OpusStreamWriter(rate)
+        self.reader, self.writer, self.idle = OpusStreamReader(rate), OpusStreamWriter(rate), 0
 
     def heard(self, data: bytes) -> Iterator[np.ndarray]:
         for start in range(0, len(data), PIECE):
+            piece = data[start : start + PIECE]
             try:
-                yield self.reader.append_bytes(data[start : start + PIECE])
+                wave = self.reader.append_bytes(piece)
             except ValueError as error:
                 raise InputError(f"the sound is not an Ogg/Opus stream ({error})") from None
+            self.idle = 0 if len(wave) else self.idle + len(piece)
+            if self.idle > IDLE:
+                raise InputError(f"{IDLE} bytes of an Ogg/Opus stream held no sound")
+            yield wave
 
     def said(self, wave: np.ndarray) -> bytes:
         return self.writer.append_pcm(np.ascontiguousarray(wave, dtype=np.float32))

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from mm.dialogue import AUDIO, TEXT
 from mm.errors import InputError
-from mm.recipes.talk import protocol
+from mm.recipes.talk import protocol, sound
 from mm.recipes.talk.limits import Allowance
 from mm.recipes.talk.protocol import Control, Kind
 from mm.recipes.talk.sound import OggOpus, Samples
@@ -76,6 +76,27 @@ def test_bytes_that_are_no_opus_are_named(data):
     with pytest.raises(InputError, match="not an Ogg/Opus stream"):
         for _ in range(2):
             list(OggOpus(24000).heard(data))
+
+
+def page(serial: bytes, number: int, flags: int) -> bytes:
+    """An Ogg page of 2,550 bytes of a packet that goes on."""
+    head = b"OggS\x00" + bytes([flags]) + b"\xff" * 8 + serial + number.to_bytes(4, "little")
+    rest, check = b"\x0a" + b"\xff" * 10 + bytes(2550), 0
+    for byte in head + bytes(4) + rest:
+        check ^= byte << 24
+        for _ in range(8):
+            check = (check << 1 ^ (0x04C11DB7 if check >> 31 else 0)) & 0xFFFFFFFF
+    return head + check.to_bytes(4, "little") + rest
+
+
+def test_a_packet_that_does_not_end(monkeypatch):
+    monkeypatch.setattr(sound, "IDLE", 6000)
+    data, wire = OggOpus(24000).said(np.zeros(1920, np.float32)), OggOpus(24000)
+    serial, heard = data[14:18], []
+    with pytest.raises(InputError, match="6000 bytes of an Ogg/Opus stream held no sound"):
+        for part in (data, page(serial, 4, 0), page(serial, 5, 1), page(serial, 6, 1)):
+            heard += [len(wave) for wave in wire.heard(part)]
+    assert sum(heard) == 1920
 
 
 def test_a_vorbis_stream_is_no_opus(tmp_path):

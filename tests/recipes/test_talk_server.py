@@ -107,6 +107,7 @@ BAD = {
     "text": ("", ["hello"], "should be binary"),
     "too long": ("", [protocol.audio(bytes(70000))], "70001 bytes is longer than 65536"),
     "too fast": ("format=pcm", [protocol.audio(bytes(48000))] * 12, "10 s of sound ahead"),
+    "too much": ("format=pcm", [b"\x04" + bytes(60000)] * 20, "131072 bytes a second"),
     "too many": ("", [protocol.PING] * 900, "200 messages a second"),
     "a wish": ("text_temperature=hot", [], "text_temperature should be a number from 0 to 100, not 'hot'"),
     "a long wish": ("text_temperature=x" + "%C3%A9" * 200, [], "from 0 to 100, not 'xéé"),
