@@ -143,11 +143,12 @@ def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at
                 k_inside[:, None], plan)
     start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
     g1, g2 = load_values(start, offsets, inside, masked, plan)
-    drop = tl.load(row_values(delta, b, kv_head, head, token, T, plan), mask=inside, other=0.0)
     keep = keeps(seed, draw[None, :], token[None, :], key[:, None], plan)
     weights = weights_of(s, seen, total[None, :], masked)
     dv1, dv2 = gather(thin(weights, keep, plan), g1, g2, dv1, dv2, plan.v2)
-    pull = thin(dots(v1, v2, g1, g2, plan.v2), keep, plan) - drop[None, :]
+    pull = thin(dots(v1, v2, g1, g2, plan.v2), keep, plan)
+    drop = tl.load(row_values(delta, b, kv_head, head, token, T, plan), mask=inside, other=0.0)  # late: few registers
+    pull -= drop[None, :]
     dk1, dk2 = gather(bend(weights * pull, slope, plan), q1, q2, dk1, dk2, plan.k2)
     return dk1, dk2, dv1, dv2
 

@@ -121,8 +121,7 @@ def key_tile(call: Call) -> Tile:
     width = widest(call)
     if width <= 128:
         turned = width > 64 and call.q_cos is not None
-        light = width <= 64 or call.plain and call.right >= 0  # 64 rows of a full run spill 48 bytes
-        return Tile(64 if light else 32, 64 if turned else 128, 8, 2)
+        return Tile(64 if width <= 64 or call.plain and not call.dropout else 32, 64 if turned else 128, 8, 2)
     return Tile(32 if width <= 192 else 16, 64, 8, 2)
 
 
