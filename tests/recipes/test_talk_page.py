@@ -9,7 +9,7 @@ import talking
 from aiohttp.test_utils import TestServer
 from browser import browsing, chromium
 
-from mm.recipes.talk.server import Server
+from mm.recipes.talk.server import Address, Server
 
 RATE = 16000  # Hz: not that of Kyutai's codec, so that the page has to go by what it is told
 
@@ -24,7 +24,7 @@ def spoken(tmp_path):
 
 def test_a_conversation_in_a_browser(spoken, tmp_path, monkeypatch):
     chromium()
-    server = Server(talking.partner(RATE), 1)
+    server = Server(talking.partner(RATE), 1, Address(token="secret"))
     heard = []
     hear = server.engine.hear
     monkeypatch.setattr(server.engine, "hear", lambda seat, frame: (heard.append(frame), hear(seat, frame)))
@@ -33,7 +33,11 @@ def test_a_conversation_in_a_browser(spoken, tmp_path, monkeypatch):
         async with TestServer(server.app()) as running, \
                 browsing(str(running.make_url("/")), spoken, tmp_path / "profile") as page:
             await page.until("document.readyState === 'complete' && !!document.getElementById('go')")
-            await page.run("document.querySelector('[name=text_topk]').value = 7; at('go').click()")
+            await page.run("at('go').click()")
+            await page.until("talk === null")
+            refused = await page.run("at('state').textContent")
+            await page.run("history.replaceState(null, '', '?token=secret'); "
+                           "document.querySelector('[name=text_topk]').value = 7; at('go').click()")
             await page.until("talk && talk.frames > 30 && at('text').textContent.trim().length > 2")
             await page.until("parseFloat(at('theirs').style.width) > 20 && parseFloat(at('mine').style.width) > 20")
             found = {name: await page.run(f"at('{name}').textContent") for name in (
@@ -48,9 +52,9 @@ def test_a_conversation_in_a_browser(spoken, tmp_path, monkeypatch):
                            "navigator.mediaDevices.getUserMedia = async asked => window.given = await give(asked); "
                            "at('go').click(); at('go').click()")  # a microphone that is given when nobody wants it
             await page.until("window.given?.getTracks().every(track => track.readyState === 'ended')")
-            return found, page.complaints
-    found, complaints = asyncio.run(go())
-    assert not complaints and found["topk"] == 7
+            return refused, found, page.complaints
+    refused, found, complaints = asyncio.run(go())
+    assert "this server wants a token" in refused and not complaints and found["topk"] == 7
     assert found["state"] == "Go on, say something." and found["text"].strip()
     assert 0 < float(found["delay"].split()[0]) < 5000 and float(found["buffer"].split()[0]) < 1000
     assert found["unsent"] == "0" and found["unheard"] == "0 ms" and found["late"].isdigit()
