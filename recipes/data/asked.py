@@ -1,7 +1,8 @@
 """What a person asks of the shipped duplex model, what it answers, and whether an answer that was heard is right.
 
-The words to repeat are one of each of the 50 lists of six that the Modified Rhyme Test reads aloud in "Please select
-the word X." (House et al., 1965), so that recordings of people saying them exist; the lists differ by one consonant.
+The words to repeat are 50 of the 300 that the Modified Rhyme Test reads aloud in "Please select the word X." (House et
+al., 1965), so that recordings of people saying them exist: such as a recogniser tells from the other words of the test
+when the model's voice says them through the codec.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ IS = ("is", "equals", "are", "makes")
 LARGER = ("nineteen", "twenty", "thirty", "forty", "fifty", "sixty", "seventy", "eighty", "ninety", "hundred")
 # word: its list and place there in the Modified Rhyme Test
 WORDS = {
-    "tent": (1, 5), "gold": (2, 6), "path": (3, 4), "lane": (4, 1), "kit": (5, 1), "dust": (6, 5), "teach": (7, 4),
-    "dig": (8, 4), "fed": (9, 3), "tin": (10, 3), "dub": (11, 5), "sun": (12, 2), "seed": (13, 6), "pot": (14, 4),
-    "nest": (15, 6), "pick": (16, 6), "bath": (17, 2), "day": (18, 5), "wig": (19, 4), "page": (20, 3),
-    "cake": (21, 4), "shop": (22, 1), "boil": (23, 5), "tap": (24, 3), "fit": (25, 1), "game": (26, 3),
-    "feel": (27, 3), "park": (28, 5), "heap": (29, 5), "cup": (30, 1), "law": (31, 2), "pen": (32, 1),
-    "puff": (33, 1), "beach": (34, 2), "seat": (35, 4), "lip": (36, 5), "king": (37, 5), "bang": (38, 3),
-    "look": (39, 3), "map": (40, 3), "race": (41, 6), "safe": (42, 6), "bill": (43, 6), "sing": (44, 4),
-    "tale": (45, 4), "kick": (46, 3), "peak": (47, 3), "bus": (48, 2), "sad": (49, 5), "run": (50, 5),
+    "tent": (1, 5), "sold": (2, 5), "path": (3, 4), "late": (4, 3), "hit": (5, 4), "dust": (6, 5), "teach": (7, 4),
+    "dim": (8, 3), "fed": (9, 3), "went": (1, 1), "duck": (11, 3), "sub": (12, 5), "seed": (13, 6), "hot": (14, 5),
+    "nest": (15, 6), "pick": (16, 6), "back": (17, 1), "day": (18, 5), "big": (19, 2), "page": (20, 3), "cave": (21, 6),
+    "shop": (22, 1), "boil": (23, 5), "tap": (24, 3), "just": (6, 6), "game": (26, 3), "feel": (27, 3), "dark": (28, 2),
+    "heap": (29, 5), "cup": (30, 1), "team": (7, 2), "hen": (32, 2), "puff": (33, 1), "beach": (34, 2), "seat": (35, 4),
+    "lip": (36, 5), "king": (37, 5), "bang": (38, 3), "way": (18, 1), "map": (40, 3), "race": (41, 6), "sale": (42, 3),
+    "name": (26, 2), "sing": (44, 4), "male": (45, 6), "man": (40, 5), "peak": (47, 3), "bus": (48, 2), "sad": (49, 5),
+    "run": (50, 5),
 }
 GREETINGS = ("Hello.", "Hi there.", "Good morning.", "Hey.", "Good evening.", "Hello there.")
 SUM = ("What is {} plus {}?", "What's {} and {}?", "{} plus {}.", "How much is {} plus {}?", "Add {} and {}.",
@@ -36,8 +37,8 @@ WORD = ("Repeat the word {}.", "Say the word {}.", "Please select the word {}.")
 READ = WORD[2]  # as the talkers of the Modified Rhyme Test say it
 
 # How else a listener may spell what sounds the same
-SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "lain": "lane", "peek": "peak",
-           "pique": "peak", "tail": "tale", "whig": "wig", "buss": "bus", "son": "sun", "beech": "beach"}
+SPELLED = {"won": "one", "to": "two", "too": "two", "for": "four", "ate": "eight", "peek": "peak", "pique": "peak",
+           "buss": "bus", "beech": "beach", "mail": "male", "sail": "sale", "weigh": "way", "teem": "team"}
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -65,6 +66,16 @@ class Batches(Dataset[DuplexBatch]):
         return batch
 
 
+class Drilled(Dataset[DuplexBatch]):
+    """The batches of a drill for so many steps, then others, from their first one on."""
+
+    def __init__(self, drill: Batches, steps: int, then: Batches) -> None:
+        self.drill, self.steps, self.then = drill, steps, then
+
+    def __getitem__(self, step: int) -> DuplexBatch:
+        return self.drill[step] if step < self.steps else self.then[step - self.steps]
+
+
 class Fixed(Dataset[DuplexBatch]):
     """All rows as they stand, `batch` at a time, the last ones fewer."""
 
@@ -83,7 +94,8 @@ class Fixed(Dataset[DuplexBatch]):
 
 class DuplexModule(lightning.LightningDataModule):
     """Training batches from any step on, and a fixed set of evaluation batches (`validation`, None without any).
-    `header` is that of a file of the codes, `codec` what encoded sound files, if that was to be done."""
+    `drill` holds what is trained on before all else, None where that is nothing. `header` is that of a file of the
+    codes, `codec` what encoded sound files, if that was to be done."""
 
     def __init__(self, data: DuplexData, model: DuplexSpec, tokenizer: Tokenizer, seed: int, cache: Path) -> None:
         super().__init__()
@@ -102,13 +114,14 @@ class DuplexModule(lightning.LightningDataModule):
         kept = read(data.path)
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
         self.training = Packed(kept, data.length, self.seed)
+        self.drill = Packed(read(data.drill), data.length, self.seed) if data.drill else None
         self.validation = Packed(out, data.length, None) if out else None
         self.header, self.codec = codes.first[1], codes.model
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of all that is trained on."""
         made = hashlib.sha256()
-        for one in self.training.dialogues:
+        for one in chain(self.training.dialogues, self.drill.dialogues if self.drill else ()):
             made.update(one.codes.tobytes())
             made.update(repr(sorted(one.told.items())).encode() if one.told else b"")
         return made.hexdigest()[:16]
@@ -119,15 +132,29 @@ class DuplexModule(lightning.LightningDataModule):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Raises InputError where the conversations are not those of the checkpoint."""
         if state_dict["codes"] != self.fingerprint():
-            raise InputError(f"{self.data.path} does not hold the conversations that this run began with")
+            names = " and ".join(filter(None, (self.data.path, self.data.drill)))
+            raise InputError(f"the conversations of {names} are not those that this run began with")
 
     def train_dataloader(self) -> DataLoader[Any]:
-        trainer, (rank, world) = self.trainer, readers(self.trainer)
-        order = Order(count=len(self.training), batch=self.data.batch_size, seed=self.seed, rank=rank, world=world)
-        batches = Batches(self.training, order, 1 + self.spec.own, self.data.drop)
-        return DataLoader(batches, batch_size=None, num_workers=self.data.workers,
+        trainer = self.trainer
+        return DataLoader(self.batches(*readers(trainer)), batch_size=None, num_workers=self.data.workers,
                           sampler=Steps(trainer.global_step, trainer.max_steps),
                           pin_memory=trainer.strategy.root_device.type == "cuda")
+
+    def batches(self, rank: int = 0, world: int = 1) -> Batches | Drilled:
+        """By step, those of one of `world` processes."""
+        def of(packed: Packed) -> Batches:
+            order = Order(count=len(packed), batch=self.data.batch_size, seed=self.seed, rank=rank, world=world)
+            return Batches(packed, order, 1 + self.spec.own, self.data.drop)
+        then = of(self.training)
+        return Drilled(of(self.drill), self.data.drill_steps, then) if self.drill else then
+
+    def where(self, step: int) -> list[str]:
+        """Where the conversations of the batch at a step come from."""
+        drilled = self.drill is not None and step < self.data.drill_steps
+        found = self.batches()[step].documents.unique().tolist()
+        dialogues = (self.drill if drilled else self.training).dialogues
+        return [dialogues[i].where for i in found if i >= 0]
 
     def evaluation(self) -> Fixed:
         return Fixed(self.validation, self.data.batch_size)

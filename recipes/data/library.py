@@ -14,12 +14,12 @@ from mm.errors import InputError
 from .acoustics import noises
 from .asked import answers
 from .sampler import generator
-from .scenes import Library, Scene, compose
+from .scenes import DRILL, TALK, Library, Scene, compose
 from .talkers import HELD_OUT, OWN, Line
 from .voices import RATE
 
 TIMES = f"{OWN}/words.json"
-PARTS = ("train", "val")
+PARTS = {"train": TALK, "val": TALK, "drill": DRILL}
 SCENES, NOISES = 41, 43  # the last number of the keys of random generators
 
 Piece = tuple[str, int, list[Line]]  # a part, the number of a dialogue in it, its questions
@@ -55,7 +55,8 @@ def composing(out: Path, folder: Path, script: Sequence[Line], seed: int) -> Cal
 
     def one(piece: Piece) -> Piece:
         part, number, questions = piece
-        scene = compose(questions, library, generator(seed, PARTS.index(part), number, SCENES))
+        random = generator(seed, list(PARTS).index(part), number, SCENES)
+        scene = compose(questions, library, random, PARTS[part])
         write_scene(out / path_of(part, number), scene)
         return piece
 

@@ -16,19 +16,35 @@ from .word_times import Times
 from .words import MAIN
 
 FRAME = 1920  # samples: answers begin on a frame of the codec, so that each has the same codes wherever it is said
-TURNS = (0.06, 0.22, 0.40, 0.32)  # how often a dialogue has no, one, two, three questions
 SHARES = (0.5, 0.4, 0.1)  # of KINDS
 HUMAN = 0.25  # of the words to repeat, where people say them
-OPENING, LONG = (0.2, 2.0), (3.0, 6.0)  # seconds of silence before the first question, and before some that are alone
+LONG = (3.0, 6.0)  # seconds of silence before some questions that are alone
 DELAY = (0.5, 0.65)  # from the end of a question to its answer, before this is moved on to a frame
 AHEAD = 5 * FRAME  # samples: an answer is written before it is said, a word a frame. Else its first sounds would tell
 # a model in training which of the few sentences this is, and what was asked would not be learned
-GAP = (0.3, 1.5)  # from an answer to the next question
-CLOSING, QUIET = (0.4, 1.2), (4.0, 8.0)  # after the last answer; of a dialogue without a question
+QUIET = (4.0, 8.0)  # seconds of a dialogue without a question
+UNSAID = RATE // 2  # samples that an answer lasts which is only written
 INTERRUPTED = 0.3  # of the answers that are not the last: 15 % of all
 STOPPING, FADE = (0.2, 0.3), 0.03  # the model is silent so soon after it is interrupted
 HESITANT, PAUSE = 0.15, (0.3, 0.5)  # how often a question has a pause in it
 STRETCH = (0.88, 1.13)  # of time and pitch
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How often a dialogue has no, one, two... questions; seconds of silence before the first one, from an answer to
+    the next one, and after the last answer; whether answers are said, or only written."""
+
+    turns: tuple[float, ...]
+    opening: tuple[float, float]
+    gap: tuple[float, float]
+    closing: tuple[float, float]
+    said: bool = True
+
+
+TALK = Pace((0.06, 0.22, 0.40, 0.32), (0.2, 2.0), (0.3, 1.5), (0.4, 1.2))
+DRILL = Pace((0.02, 0.0, 0.0, 0.0, 0.49, 0.49), (0.2, 0.6), (0.1, 0.5), (0.2, 0.4), said=False)  # what is asked is
+# learned sooner where most of the sound is questions
 
 
 class Turn(NamedTuple):
@@ -54,7 +70,7 @@ class Scene:
 
 
 # ----------------------------------------------------------------------------------------- who asks what
-def plan(script: Sequence[Line], count: int, random: np.random.Generator) -> list[list[Line]]:
+def plan(script: Sequence[Line], count: int, random: np.random.Generator, pace: Pace = TALK) -> list[list[Line]]:
     """The questions of so many dialogues: all answers of a kind equally often, mostly one talker in a dialogue. A
     longer plan begins with a shorter one."""
     asked: dict[Kind, dict[str, list[Line]]] = {kind: {} for kind in KINDS}
@@ -67,7 +83,7 @@ def plan(script: Sequence[Line], count: int, random: np.random.Generator) -> lis
     scenes = []
     for _ in range(count):
         scene: list[Line] = []
-        for _ in range(random.choice(len(TURNS), p=TURNS)):
+        for _ in range(random.choice(len(pace.turns), p=pace.turns)):
             kind = kinds[random.choice(len(kinds), p=shares / shares.sum())]
             scene.append(chosen(asked[kind][next(decks[kind])], scene[-1].talker if scene else None, random))
         scenes.append(scene)
@@ -99,8 +115,8 @@ class Library:
     noise: list[np.ndarray]
 
 
-def compose(lines: Sequence[Line], library: Library, random: np.random.Generator) -> Scene:
-    stage = Stage(library, random)
+def compose(lines: Sequence[Line], library: Library, random: np.random.Generator, pace: Pace = TALK) -> Scene:
+    stage = Stage(library, random, pace)
     stage.open(len(lines))
     for index, line in enumerate(lines, 1):
         stage.ask(line, more=index < len(lines))
@@ -113,6 +129,7 @@ class Stage:
 
     library: Library
     random: np.random.Generator
+    pace: Pace
     at: int = 0
     asked: list[tuple[int, np.ndarray]] = field(default_factory=list)
     said: list[tuple[int, np.ndarray]] = field(default_factory=list)
@@ -124,20 +141,20 @@ class Stage:
         return int(self.random.uniform(*seconds) * RATE)
 
     def open(self, questions: int) -> None:
-        self.at = self.samples(LONG if questions == 1 and self.random.random() < 0.4 else OPENING)
+        self.at = self.samples(LONG if questions == 1 and self.random.random() < 0.4 else self.pace.opening)
 
     def ask(self, line: Line, more: bool) -> None:
         """Places a question and its answer, which the next question interrupts at times."""
         question, wave, start = line.question, self.spoken(line), self.at
         end = start + len(wave) - AFTER * BLOCK
         reply = -(-(end + self.samples(DELAY)) // FRAME) * FRAME
-        answer = self.library.answers[question.answer]
+        answer = self.library.answers[question.answer] if self.pace.said else np.zeros(UNSAID, np.float32)
         interrupted = more and self.random.random() < INTERRUPTED
         if interrupted:
             self.at = reply + int(self.random.uniform(0.15 * len(answer), len(answer) - 0.4 * RATE))
             answer = cut(answer, self.at + self.samples(STOPPING) - reply)
         else:
-            self.at = reply + len(answer) + self.samples(GAP)
+            self.at = reply + len(answer) + self.samples(self.pace.gap)
         self.asked.append((start, wave))
         self.said.append((reply, answer))
         self.align(question.answer, reply, len(answer))
@@ -163,7 +180,7 @@ class Stage:
 
     def close(self, quiet: bool) -> Scene:
         last = self.said[-1][0] + len(self.said[-1][1]) if self.said else 0
-        size = -(-(last + self.samples(QUIET if quiet else CLOSING)) // FRAME) * FRAME
+        size = -(-(last + self.samples(QUIET if quiet else self.pace.closing)) // FRAME) * FRAME
         own, dry = laid(self.said, size), laid(self.asked, size)
         return Scene(np.stack([own, heard(dry, own, self.library.noise, self.random)]), self.words, self.turns)
 

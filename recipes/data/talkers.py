@@ -1,14 +1,15 @@
 """Who asks, who answers, and what each of them says: the sentences of which dialogues are made.
 
 People are played by the voices of Kokoro 82M (Apache-2.0), of which many are of other languages and speak English with
-an accent, and by four talkers of the Modified Rhyme Test (NIST, public domain), recorded in a booth.
+an accent, by blends of two such voices, and by four talkers of the Modified Rhyme Test (NIST, public domain), recorded
+in a booth.
 """
 
 from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import combinations, zip_longest
 
 import numpy as np
 
@@ -23,12 +24,14 @@ VOICES = ("af_alloy", "af_aoede", "af_bella", "af_jessica", "af_kore", "af_nicol
           "jm_kumo", "pf_dora", "pm_alex", "pm_santa", "zf_xiaobei", "zf_xiaoni", "zf_xiaoxiao", "zf_xiaoyi",
           "zm_yunjian", "zm_yunxi", "zm_yunxia", "zm_yunyang")
 VOICES_HELD_OUT = ("af_sky", "af_nova", "am_echo", "am_puck", "bf_alice", "bm_george")
+BLENDED = 100  # talkers whose voice lies between two of VOICES
 PEOPLE = ("F1", "M3")
 PEOPLE_HELD_OUT = ("F3", "M4")
 HELD_OUT = frozenset(VOICES_HELD_OUT + PEOPLE_HELD_OUT)
 SHARES, SHARES_HELD_OUT = (60, 40, len(GREETINGS)), (25, 15, 3)  # sums, words and greetings that a voice says
+SHARES_BLENDED = (16, 22, 2)
 SLOWEST, FASTEST = 0.85, 1.2
-LINES = 40  # the last number of the keys of random generators
+LINES, PAIRS = 40, 44  # the last number of the keys of random generators
 
 
 @dataclass(frozen=True)
@@ -50,13 +53,21 @@ class Line:
 def lines(seed: int, most: int | None = None) -> list[Line]:
     """All that is said, at `most` so many sentences by each talker: the answers, then one of each talker in turn, so
     that a part of the list already holds every voice."""
-    scripts = [script(talker, SHARES_HELD_OUT if talker in HELD_OUT else SHARES, generator(seed, index, LINES))
-               for index, talker in enumerate(VOICES + VOICES_HELD_OUT)]
+    shares = {talker: SHARES for talker in VOICES} | {talker: SHARES_HELD_OUT for talker in VOICES_HELD_OUT}
+    shares |= {talker: SHARES_BLENDED for talker in blends()}
+    scripts = [script(talker, each, generator(seed, index, LINES))
+               for index, (talker, each) in enumerate(shares.items())]
     read = [[Line(talker, one.text, question=one) for one in (repeat(word, READ) for word in WORDS)]
             for talker in PEOPLE + PEOPLE_HELD_OUT]
     asked = scripts + read
     turns = zip_longest(*(one[:most] for one in asked))
     return [Line(OWN, text) for text in answers()] + [line for turn in turns for line in turn if line]
+
+
+def blends() -> list[str]:
+    """Pairs of voices, such as "af_bella+am_eric", always the same ones."""
+    pairs = list(combinations(VOICES, 2))
+    return ["+".join(pairs[i]) for i in generator(PAIRS).permutation(len(pairs))[:BLENDED]]
 
 
 def script(talker: str, shares: tuple[int, int, int], random: np.random.Generator) -> list[Line]:

@@ -55,7 +55,8 @@ class Sources:
         if people and self.rhyme is None:
             raise InputError("name a folder with clips of the Modified Rhyme Test by --rhyme, such as "
                              f"mcvqoe/intelligibility/audio_clips after {GET_RHYME}")
-        needed = [self.voice(talker) for talker in sorted(voices)] + ([self.model] if voices else [])
+        needed = [self.voice(name) for name in sorted({name for talker in voices for name in talker.split("+")})]
+        needed += [self.model] if voices else []
         needed += [self.clip(line) for line in wanted if line.talker in people]
         for path in needed:
             if not path.is_file():
@@ -66,8 +67,8 @@ class Sources:
     def model(self) -> Path:
         return self.kokoro / "build" / "kokoro-quantized.onnx"
 
-    def voice(self, talker: str) -> Path:
-        return self.kokoro / "build" / "voices" / f"{talker}.bin"
+    def voice(self, name: str) -> Path:
+        return self.kokoro / "build" / "voices" / f"{name}.bin"
 
     def clip(self, line: Line) -> Path:
         batch, place = WORDS[line.question.expect]
@@ -92,10 +93,12 @@ class Sources:
         return self.opened["hibari"]
 
     def synthesise(self, line: Line) -> np.ndarray:
-        """By Kokoro, whose phonemes are those of Hibari's front end and whose style is by the sentence's length."""
-        style = styles(self.voice(line.talker))
+        """By Kokoro, whose phonemes are those of Hibari's front end and whose style is by the sentence's length: that
+        of a voice, or the mean of those that a talker blends."""
         ids = self.hibari().ids(front_end(british=line.talker.startswith("b"))(line.text))
-        feeds = {"input_ids": np.array([ids], np.int64), "style": style[None, min(len(ids) - 2, len(style)) - 1],
+        known = [styles(self.voice(name)) for name in line.talker.split("+")]
+        style = np.mean([each[min(len(ids) - 2, len(each)) - 1] for each in known], 0)
+        feeds = {"input_ids": np.array([ids], np.int64), "style": style[None],
                  "speed": np.array([line.speed], np.float32)}
         if "kokoro" not in self.opened:
             self.opened["kokoro"] = session(self.model)

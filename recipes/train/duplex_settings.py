@@ -19,6 +19,7 @@ class DuplexData:
     and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a list
     `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks; `conditions`, words by name,
     for a model that is told any. Paths are from that file's folder. val: another such file, to evaluate on.
+    drill: another such file, all that is trained on at first. drill_steps: for how many steps.
     holdout: the share of the conversations that is held out where there is no `val`. codec: a Mimi to encode sound
     files with, a directory, a hub name or codec_small. cache: the folder that keeps their codes (none: one in the run's
     directory). tokenizer: a directory with the tokenizer of the text (none: the model's). late: whether a word that is
@@ -29,6 +30,8 @@ class DuplexData:
 
     path: str
     val: str | None = None
+    drill: str | None = None
+    drill_steps: int = 0
     holdout: float = 0.05
     codec: str | None = None
     cache: str | None = None
@@ -46,6 +49,8 @@ class DuplexData:
         for name in ("length", "batch_size"):
             if getattr(self, name) < 1:
                 raise InputError(f"data.{name} must be at least 1, not {getattr(self, name)}")
+        if (self.drill is not None) != (self.drill_steps > 0):
+            raise InputError("data.drill and a positive data.drill_steps go together")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,8 +19,7 @@ from mm.tokenizer import Tokenizer, load_tokenizer
 from ...codecs.file import Header, Reader
 from ...codecs.mimi import Mimi
 from ..data.dialogues import Codes, read_manifest
-from ..data.duplex import Batches, DuplexModule
-from ..data.sampler import Order
+from ..data.duplex import DuplexModule
 from ..talk.codec_of import CODEC, Note
 from ..weights import shipped
 from .duplex import DuplexRecipe
@@ -134,9 +133,7 @@ def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, car
 
 def conversations(data: DuplexModule, step: int) -> str:
     """What the batch before this step was made of, in words."""
-    order = Order(count=len(data.training), batch=data.data.batch_size, seed=data.seed)
-    found = dict.fromkeys(Batches(data.training, order)[step - 1].documents.flatten().tolist())
-    places = [data.training.dialogues[i].where for i in found if i >= 0]
+    places = data.where(step - 1)
     more = f" and {len(places) - 5} more" if len(places) > 5 else ""
     return f"the conversations at {'; '.join(places[:5])}{more}"
 

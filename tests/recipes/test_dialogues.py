@@ -36,13 +36,13 @@ def humming(monkeypatch):
 
 
 def run(out, *more):
-    return main(["dialogues", str(out), "--count", "12", "--held-out", "5", "--sentences", "2", *more])
+    return main(["dialogues", str(out), "--count", "12", "--held-out", "5", "--drill", "4", "--sentences", "2", *more])
 
 
 def test_manifests_that_training_reads(tmp_path, humming, capsys):
     assert run(tmp_path) == 0
     assert "12 dialogues" in capsys.readouterr().out
-    for part, count in (("train", 12), ("val", 5)):
+    for part, count in (("train", 12), ("val", 5), ("drill", 4)):
         entries = read_manifest(tmp_path / f"{part}.jsonl")
         assert len(entries) == count
         talkers = set()
@@ -62,7 +62,7 @@ def test_manifests_that_training_reads(tmp_path, humming, capsys):
 def test_a_second_run_says_nothing_anew_and_makes_the_same(tmp_path, humming):
     run(tmp_path)
     first = {path: path.read_bytes() for path in tmp_path.glob("*/0*.*")}
-    assert len(first) == 34
+    assert len(first) == 42
     humming.clear()
     gone = next(tmp_path.glob("utterances/af_bella/*.flac"))
     gone.unlink()

