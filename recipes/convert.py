@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING
 from mm.errors import InputError
 
 from .models import is_language, open_any, speaks
-from .weights import SHIPPED
+from .weights import shipped
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from mm.duplex import DuplexLM
     from mm.pretrained import Pretrained
 
 SHARD_BYTES = 5 * 2**30
@@ -57,13 +58,15 @@ def size(text: str) -> int:
 
 def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allow_pickle: bool = False,
             shard_bytes: int = SHARD_BYTES) -> None:
-    """Source in `layout` under `target`, complete and read back, or not there at all.
+    """Source in `layout` under `target`, complete and read back, or not there at all; a duplex model with the codec in
+    its directory.
 
     Raises InputError where the layout cannot hold the model or `target` is taken.
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_target(source, target, force)
-    model = open_any(SHIPPED[source]() if source in SHIPPED else source, allow_pickle=allow_pickle)
+    where = shipped(source)
+    model = open_any(where, allow_pickle=allow_pickle)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
@@ -71,12 +74,15 @@ def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allo
             model.save_pretrained(fresh, layout=layout, shard_bytes=shard_bytes)
             again = open_any(fresh)
             told = compare(model, again, layout)
+            notes = differences(model, again)
+            if model.kind == "duplex":
+                notes += carry_codec(where, model, fresh, layout)
             if target.exists():
                 os.rename(target, old)
             os.rename(fresh, target)
     except OSError as error:
         raise InputError(f"{target} cannot be written ({error.strerror})") from None
-    show(target, f"{layout} layout, {told}", differences(model, again))
+    show(target, f"{layout} layout, {told}", notes)
 
 
 def check_target(source: str, target: Path, force: bool) -> None:
@@ -87,9 +93,31 @@ def check_target(source: str, target: Path, force: bool) -> None:
     names = sorted(os.listdir(target)) if target.is_dir() else []
     if names and not force:
         raise InputError(f"{target} is not empty (it holds {names[0]}); --force replaces it")
-    foreign = [name for name in names if (target / name).is_dir()]
+    foreign = [name for name in names if (target / name).is_dir() and not holds_codec(target / name)]
     if names and (foreign or not any(name in names for name in CONFIGS)):
         raise InputError(f"{target} holds more than a checkpoint ({(foreign or names)[0]}) and is not replaced")
+
+
+def holds_codec(folder: Path) -> bool:
+    """Whether it is what a duplex model keeps beside it."""
+    from .talk.codec_of import CODEC
+
+    return folder.name == CODEC and (folder / CONFIGS[0]).is_file()
+
+
+def carry_codec(source: str | Path, model: DuplexLM, target: Path, layout: str) -> list[str]:
+    """Keeps the codec of the source's directory beside the model in `target`, and says what others will not find."""
+    from ..codecs.mimi import Mimi
+    from .talk.codec_of import CODEC, Note
+
+    path = Path(source).expanduser()
+    found = (path.parent if path.is_file() else path) / CODEC
+    if found.is_dir():
+        Mimi.from_pretrained(found).save_pretrained(target / CODEC)
+        return [] if layout == "mm" else [f"codec: in the folder {CODEC}, where only this package looks for it"]
+    note = Note.of(model)
+    name = model.generation.get("mimi_name") or (note.name if note is not None and layout != "mm" else None)
+    return [f"codec: {name} does not come along; mm talk takes it with --codec"] if name else []
 
 
 def compare(model: Pretrained, again: Pretrained, layout: str) -> str:
@@ -167,8 +195,8 @@ def show(target: Path, told: str, notes: list[str]) -> None:
 
     table = Table("file", "size")
     table.columns[1].justify = "right"
-    for path in sorted(target.iterdir()):
-        table.add_row(path.name, f"{path.stat().st_size:,}")
+    for path in sorted(path for path in target.rglob("*") if path.is_file()):
+        table.add_row(str(path.relative_to(target)), f"{path.stat().st_size:,}")
     console = Console(highlight=False)
     console.print(f"{target}: {told}", markup=False, soft_wrap=True)
     console.print(table)

@@ -2,15 +2,19 @@
 
 import json
 
+import codec
 import duplex
 import pytest
+import talking
 import torch
 
 from mm import DuplexLM
+from mm.codecs import Mimi
 from mm.errors import InputError
 from mm.families.moshi import OFFICIAL, to_spec
 from mm.recipes.cli import main
 from mm.recipes.info_speech import count_parameters
+from mm.recipes.talk.partner import Partner
 
 
 @torch.no_grad()
@@ -47,6 +51,35 @@ def test_layouts(saved, capsys):
     assert main(["convert", str(saved / "stt"), str(saved / "mm"), "--to", "mm"]) == 0
     assert DuplexLM.from_pretrained(saved / "mm").fingerprint() == DuplexLM.from_pretrained(
         saved / "stt").fingerprint()
+
+
+def test_a_codec_beside_a_model_goes_with_it(tmp_path, capsys):
+    source, target = talking.written(tmp_path / "source"), tmp_path / "target"
+    for more in ([], ["--force"]):
+        assert main(["convert", str(source), str(target), "--to", "mm", *more]) == 0
+        told = capsys.readouterr().out
+        assert "codec/model.safetensors" in told and "note: codec" not in told
+        assert Partner.open(str(target)).codec.fingerprint() == talking.partner().codec.fingerprint()
+    (target / "codec" / "config.json").unlink()
+    assert main(["convert", str(source), str(target), "--to", "mm", "--force"]) == 2
+    assert "holds more than a checkpoint (codec)" in capsys.readouterr().err
+
+
+def test_where_a_codec_is_after_a_conversion_is_told(saved, capsys):
+    def told(generation, layout):
+        model = DuplexLM.from_pretrained(saved / "stt")
+        model.generation = generation
+        model.save_pretrained(saved / "named", "kyutai" if "mimi_name" in generation else "mm")
+        assert main(["convert", str(saved / "named"), str(saved / layout), "--to", layout, "--force"]) == 0
+        return capsys.readouterr().out
+    note = {"codec_config": {"name": "codec_small", "weights": "0", "frame_rate": 12.5}}
+    assert "note: codec: codec_small does not come along; mm talk takes it with --codec" in told(note, "kyutai")
+    assert "note" not in told(note, "mm") and "note" not in told({}, "kyutai")
+    assert "note: codec: mimi.safetensors does not come along" in told({"mimi_name": "mimi.safetensors"}, "mm")
+    sound = codec.small(codec.SPEC)
+    sound.save_pretrained(saved / "named" / "codec")
+    assert "note: codec: in the folder codec, where only this package looks" in told({}, "kyutai")
+    assert Mimi.from_pretrained(saved / "kyutai" / "codec").fingerprint() == sound.fingerprint()
 
 
 def test_a_file_that_is_no_moshi_is_named(tmp_path):
