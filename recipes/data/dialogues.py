@@ -21,7 +21,7 @@ from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
 from ..weights import shipped
 from .sampler import generator
-from .words import read_words, text_stream
+from .words import MAIN, read_words, speakers, text_stream
 
 if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
@@ -59,6 +59,8 @@ def read_manifest(path: str | Path) -> list[Entry]:
         lines = file.read_text("utf-8").splitlines()
     except OSError as error:
         raise InputError(f"{file} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError:
+        raise InputError(f"{file} is no text: a manifest has a JSON object a line") from None
     found = [to_entry(file, i + 1, line) for i, line in enumerate(lines) if line.strip()]
     if not found:
         raise InputError(f"{file} lists no conversation")
@@ -185,17 +187,23 @@ def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
 def read_dialogues(path: str | Path, codes: Codes, encode: Callable[[str], list[int]], model: DuplexSpec,
                    late: Literal["drop", "shift"] = "drop") -> list[Dialogue]:
     """All conversations of a manifest, for this model. Raises InputError."""
-    made, text = [], model.text
-    for entry in read_manifest(path):
+    made, text, entries, spoken = [], model.text, read_manifest(path), 0
+    for entry in entries:
         audio, header = codes.read(entry)
         if header.size != model.card:
             raise InputError(f"{entry.where}: its codebooks have {header.size} entries, the model's {model.card}: its "
                              "codes were made by another codec")
-        said = text_stream(read_words(entry.words), audio.shape[1], header.rate / header.frame, encode,
-                           padding=text.padding, word_end=text.word_end, late=late)
+        words = read_words(entry.words)
+        spoken += len(words)
+        said = text_stream(words, audio.shape[1], header.rate / header.frame, encode, padding=text.padding,
+                           word_end=text.word_end, late=late)
         if audio.shape[1]:
             made.append(Dialogue(entry.where, np.concatenate([said[None], audio]).astype(np.int32),
                                  conditions(entry, model.conditioning)))
+    others = set().union(*(speakers(entry.words) for entry in entries)) if not spoken else ()
+    if others:
+        raise InputError(f"{path}: the model says nothing, since no word is by {MAIN}, only by "
+                         + ", ".join(sorted(others)))
     return made
 
 

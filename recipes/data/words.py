@@ -44,6 +44,11 @@ def read_words(path: Path, speaker: str = MAIN) -> list[Word]:
     return words
 
 
+def speakers(path: Path) -> set[str]:
+    """Who speaks in a file of alignments."""
+    return {to_word(path, number, entry)[1] for number, entry in enumerate(read_json(path)["alignments"])}
+
+
 def to_word(path: Path, number: int, entry: Any) -> tuple[Word, str]:
     try:
         text, (start, end), who = entry

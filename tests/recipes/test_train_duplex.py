@@ -436,6 +436,14 @@ def test_what_cannot_be_trained_on_is_named(data, tmp_path):
     talks.write_text("\n".join(map(json.dumps, (first, first | {"own": "d.mimi", "heard": "c.mimi"}))))
     with pytest.raises(InputError, match="a.mimi and .*d.mimi were encoded by different codecs"):
         read_dialogues(talks, Codes(tmp_path, None, 3, 2), lambda w: [1], duplex.small(card=CARD).spec)
+    others = [["hi", [0, 0.1], name] for name in ("B", "A")]
+    (tmp_path / "others.json").write_text(json.dumps({"alignments": others}))
+    talks.write_text(json.dumps(first | {"alignments": "others.json"}))
+    with pytest.raises(InputError, match="no word is by SPEAKER_MAIN, only by A, B"):
+        read_dialogues(talks, Codes(tmp_path, None, 3, 2), lambda w: [1], duplex.small(card=CARD).spec)
+    talks.write_bytes(b"RIFF\xff")
+    with pytest.raises(InputError, match="talks.jsonl is no text"):
+        read_manifest(talks)
     refused("data.tokenizer", "--data.tokenizer", str(tmp_path))
     duplex.small(card=CARD).save_pretrained(tmp_path / "few")
     refused("520 entries, the model writes 20: it is not this model's tokenizer", "--model", str(tmp_path / "few"))
