@@ -16,6 +16,8 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
+from mm.schema import require
+
 from ..bench.report import machine
 from .run import WholeFiles, begin
 from .settings import FREE, Trainer
@@ -35,6 +37,7 @@ class Job(Protocol):
 
 def start(job: Job) -> tuple[Path, Path | None]:
     """The directory of a run and the checkpoint to go on from, if there is one; the process is set up for it."""
+    require(job.data.workers >= 0, f"data.workers must not be negative, not {job.data.workers}")
     quiet()
     keep_memory()
     out = Path(job.out)

@@ -444,6 +444,7 @@ def test_what_cannot_be_trained_on_is_named(data, tmp_path):
     talks.write_bytes(b"RIFF\xff")
     with pytest.raises(InputError, match="talks.jsonl is no text"):
         read_manifest(talks)
+    refused("data.workers must not be negative", "--data.workers", "-1")
     refused("data.tokenizer", "--data.tokenizer", str(tmp_path))
     duplex.small(card=CARD).save_pretrained(tmp_path / "few")
     refused("520 entries, the model writes 20: it is not this model's tokenizer", "--model", str(tmp_path / "few"))
