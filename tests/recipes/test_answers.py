@@ -15,7 +15,7 @@ from mm.spec import TextStream
 RATE, SECONDS = 24000, 0.08
 TEXT = TextStream(vocab=50)
 SUM = Turn("sum", "seven", 1.0, 2.0, 5.0, 3.0, False)
-WORD = Turn("word", "cake", 5.0, 6.0, math.inf, 7.0, False)
+WORD = Turn("word", "tent", 5.0, 6.0, math.inf, 7.0, False)
 
 
 def sound(length, *spans, level=0.1):
@@ -43,7 +43,7 @@ def test_speech_is_what_is_loud_for_a_while():
 
 def test_a_good_dialogue():
     one = dialogue((2.3, 3.0), (6.7, 7.2))
-    for answer, text in zip(one.answers, ("It is 7.", "The word is cake."), strict=True):
+    for answer, text in zip(one.answers, ("It is 7.", "The word is tent."), strict=True):
         answer.heard = text
     told = figures([one])
     assert told["right"] == told["sum right"] == told["word right"] == told["within 1 s"] == 100

@@ -68,4 +68,5 @@ def process(rank, file, kind, wrap):
         grad = p.grad.full_tensor() if isinstance(p.grad, DTensor) else p.grad
         if name in gradients:
             close(grad, gradients[name])
+    dist.barrier()  # a process that leaves while the other one still reads from it would end that one
     dist.destroy_process_group()
