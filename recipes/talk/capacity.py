@@ -6,20 +6,29 @@ import statistics
 import time
 
 import numpy as np
+import torch
+
+from mm.errors import InputError
 
 from .dialogues import Dialogues
 from .partner import Partner
 from .wishes import Wishes
 
-MOST, STEPS = 8, 5
+COUNTS, STEPS = (*range(1, 9), 12, 16, 24, 32, 48, 64), 5
 SHARE = 0.6  # of a frame's length that a step may take: later ones look back at more
 
 
 def capacity(partner: Partner) -> int:
-    """The most conversations, up to 8 and at least 1, whose steps leave time to spare. Also warms the model up."""
+    """The most conversations, up to 64 and at least 1, that fit into memory and whose steps leave time to spare. Also
+    warms the model up. Raises InputError where not even one fits."""
     held = 1
-    for count in range(1, MOST + 1):
-        if step_seconds(partner, count) > SHARE * partner.seconds:
+    for count in COUNTS:
+        try:
+            if step_seconds(partner, count) > SHARE * partner.seconds:
+                break
+        except torch.OutOfMemoryError:
+            if count == 1:
+                raise InputError(f"{partner.name} and one conversation do not fit into the GPU's memory") from None
             break
         held = count
     return held

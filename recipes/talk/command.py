@@ -121,7 +121,7 @@ def arguments() -> argparse.ArgumentParser:
     serving("--port", type=port, default=PORT, help=f"default: {PORT}, where Kyutai's clients look; 0: a free one")
     serving("--no-browser", dest="browser", action="store_false", help="do not open a browser")
     serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for, "
-            "at most 8)")
+            "at most 64)")
     serving("--queue", type=positive, default=32, help="clients that may wait for a place (default: 32)")
     serving("--minutes", type=seconds, default=15.0, help="the longest conversation (default: 15)")
     serving("--token", help=f"what clients must know, as ?token= in the address (default: ${TOKEN}, or none)")

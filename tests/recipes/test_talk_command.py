@@ -179,9 +179,20 @@ def test_as_many_places_as_a_step_is_fast_enough_for(model, monkeypatch):
     assert capacity.capacity(partner) == 4
     monkeypatch.setattr(capacity, "step_seconds", lambda partner, count: 1.0)
     assert capacity.capacity(partner) == 1
+
+    def room(most):
+        def seconds(partner, count):
+            if count > most:
+                raise torch.OutOfMemoryError
+            return 0.01
+        monkeypatch.setattr(capacity, "step_seconds", seconds)
+        return capacity.capacity(partner)
+    assert (room(99), room(9)) == (64, 8)
+    with pytest.raises(InputError, match="do not fit into the GPU's memory"):
+        room(0)
     monkeypatch.undo()
     assert 0 < capacity.step_seconds(partner, 2) < 5
-    assert f"at most {capacity.MOST})" in " ".join(command.arguments().format_help().split())
+    assert f"at most {capacity.COUNTS[-1]})" in " ".join(command.arguments().format_help().split())
 
 
 def test_a_server_from_start_to_stop(model):
