@@ -50,7 +50,7 @@ def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, 
 
 def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile; heads that share keys are grouped, so that keys and values are never copied."""
-    if not problem.softcap and problem.sinks is None:
+    if not problem.softcap and problem.sinks is None and not slow_backward(q):
         return by_sdpa(q, k, v, problem)
     seen = problem.seen()
     groups = (q.shape[1] // k.shape[1], q.shape[2])
@@ -70,6 +70,11 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     if torch.compiler.is_exporting():  # a product over G * T rows would tie the exported length to its example
         return torch.einsum("bkgts,bksf->bkgtf", weights.to(v.dtype), v).flatten(1, 2)
     return (weights.to(v.dtype).flatten(2, 3) @ v).unflatten(2, groups).flatten(1, 2)
+
+
+def slow_backward(q: Tensor) -> bool:
+    """Whether SDPA's backward pass is slower than plain products: of half precision on a CPU, three times."""
+    return q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:

@@ -32,17 +32,19 @@ class DuplexRecipe(Recipe):
 
     def __init__(self, spec: DuplexSpec | dict[str, Any], optim: DuplexOptim | dict[str, Any],
                  loss: DuplexLoss | dict[str, Any], seed: int = 0, module: DuplexLM | None = None,
-                 lora: LmLora | dict[str, Any] | None = None, checkpointing: int = 0) -> None:
+                 lora: LmLora | dict[str, Any] | None = None, checkpointing: int = 0, compiled: bool = False) -> None:
         super().__init__(DuplexOptim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = DuplexLoss(**loss) if isinstance(loss, dict) else loss
         lora = LmLora(**lora) if isinstance(lora, dict) else lora
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "seed": seed, "lora": lora and asdict(lora),
-                                   "checkpointing": checkpointing})
+                                   "checkpointing": checkpointing, "compiled": compiled})
         self.hold(module or DuplexLM(self.settings),
                   lora and (lambda model: add_lora(model, lora.rank, lora.alpha, lora.layers)))
         self.module.stack.checkpoint_blocks(checkpointing)
+        for block in self.module.stack.blocks if compiled else ():
+            block.compile()
 
     def optimizer(self) -> torch.optim.Optimizer:
         return adamw(self.module, self.optim)

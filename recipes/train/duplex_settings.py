@@ -126,7 +126,8 @@ class DuplexJob:
     out: the directory of the run; the same command continues what is there. model: a checkpoint (directory or hub name)
     to go on from, with its own tokenizer, instead of a new `shape`. lora: none trains the model itself.
     checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
-    shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
+    compile: the blocks of the temporal stack, by torch.compile. shard: spread weights, gradients and optimizer state
+    over the devices (FSDP2) instead of a copy on each (DDP).
     """
 
     data: DuplexData
@@ -136,6 +137,7 @@ class DuplexJob:
     loss: DuplexLoss = DuplexLoss()
     lora: LmLora | None = None
     checkpointing: int = 0
+    compile: bool = False
     shard: bool = False
     optim: DuplexOptim = DuplexOptim()
     trainer: Trainer = Trainer()

@@ -38,7 +38,8 @@ def fit(job: DuplexJob) -> None:
     """Trains, or goes on with what `job.out` holds, and writes the averaged weights to `job.out`/model."""
     out, checkpoint = start(job)
     model, data = prepare(job)
-    recipe = DuplexRecipe(model.spec, job.optim, job.loss, job.trainer.seed, model, job.lora, job.checkpointing)
+    recipe = DuplexRecipe(model.spec, job.optim, job.loss, job.trainer.seed, model, job.lora, job.checkpointing,
+                           job.compile)
     measure = exam(job, data) if data.validation is not None else None
     watch = Watch(out, job.trainer, measure, COLUMNS, partial(conversations, data))
     trainer = lightning_trainer(job.trainer, watch, strategy(job.shard, job.trainer.devices))

@@ -161,12 +161,20 @@ def test_one_row_of_positions_serves_the_batch(small_tiles):
 @pytest.mark.parametrize("extras", [{}, {"sight": CAUSAL}, {"sight": Sight(left=5, right=0)}, {"softcap": 2.0}])
 def test_precision(dtype, tolerance, extras):
     at, turn = along(2, 30), rope.turn(along(2, 30).position, Rope(), 16)
-    q, k, v = (x.detach() for x in tensors(2, 4, 2, 30, 30, 16, 16, dtype))
-    wanted = reference(q.double(), k.double(), v.double(), Problem(
+    rough = tensors(2, 4, 2, 30, 30, 16, 16, dtype)
+    exact = [x.detach().double().requires_grad_() for x in rough]
+    wanted = reference(*exact, Problem(
         at, at, extras.get("sight", EVERYWHERE), 0.25, turn, turn, softcap=extras.get("softcap", 0.0)))
-    y = attend(q, k, v, q_at=at, k_at=at, q_turn=turn, k_turn=turn, **extras)
+    y = attend(*rough, q_at=at, k_at=at, q_turn=turn, k_turn=turn, **extras)
     assert y.dtype == dtype
     close(y.double(), wanted, tolerance)
+    with torch.no_grad():
+        close(attend(*rough, q_at=at, k_at=at, q_turn=turn, k_turn=turn, **extras).double(), wanted, tolerance)
+    upstream = torch.randn_like(wanted)
+    for ours, theirs in zip(torch.autograd.grad(y, rough, upstream.to(dtype)),
+                            torch.autograd.grad(wanted, exact, upstream), strict=True):
+        assert ours.dtype == dtype
+        close(ours.double(), theirs, tolerance)
 
 
 # --------------------------------------------------------------------------------------- dropout, memory

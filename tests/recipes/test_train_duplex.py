@@ -202,6 +202,13 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
         assert two == pytest.approx(one, rel=1e-4)
 
 
+@pytest.mark.full
+def test_compiled_blocks_give_the_same_losses(data, whole, tmp_path):
+    out = train(data, tmp_path / "run", "--trainer.max_steps", "3", "--compile", "true")
+    wanted, found = ([float(row["loss"]) for row in rows(run / "train.csv")][:3] for run in (whole, out))
+    assert found == pytest.approx(wanted, abs=1e-4)
+
+
 def test_every_option_says_what_it_is(capsys):
     with pytest.raises(SystemExit):
         main(["train", "duplex", "--help"])
