@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -19,7 +19,9 @@ from mm.spec import Choice, Conditioning, DuplexSpec
 
 from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
+from ..search.progress import Bar
 from ..weights import shipped
+from .pool import spread
 from .sampler import generator
 from .words import MAIN, read_words, speakers, text_stream
 
@@ -140,14 +142,18 @@ class Codes:
         return np.concatenate([part[:, :frames] for part in parts]), self.first[1]
 
     def kept(self, entry: Entry) -> tuple[Path, Path]:
+        paths = self.places(entry)
+        if not all(path.exists() for path in paths):
+            self.encode(entry, paths)
+        return paths
+
+    def places(self, entry: Entry) -> tuple[Path, Path]:
+        """Where the codes of a sound file are kept."""
         stat = entry.sound.stat() if entry.sound.is_file() else None
         self.opened()
         name = hashlib.sha256(f"{entry.sound.resolve()} {stat and (stat.st_size, stat.st_mtime_ns)} {self.fingerprint} "
                               f"{self.sizes}".encode()).hexdigest()[:24]
-        paths = tuple(self.cache / f"{name}.{side}.mimi" for side in ("own", "heard"))
-        if not all(path.exists() for path in paths):
-            self.encode(entry, paths)
-        return paths
+        return self.cache / f"{name}.own.mimi", self.cache / f"{name}.heard.mimi"
 
     def encode(self, entry: Entry, paths: tuple[Path, Path]) -> None:
         sound, model = open_sound(entry.sound), self.model
@@ -176,6 +182,22 @@ class Codes:
         return self.model
 
 
+def encode_all(codes: Codes, entries: Iterable[Entry], jobs: int) -> None:
+    """The sound files whose codes are not kept yet, in so many processes."""
+    wanted = [one for one in entries
+              if one.sound is not None and not all(path.exists() for path in codes.places(one))]
+    begin = partial(encoder, codes.cache, codes.codec, *codes.sizes, jobs > 1)
+    with Bar("encoding", len(wanted)) as bar:
+        for _ in spread(begin, wanted, min(jobs, max(len(wanted), 1))):
+            bar.step()
+
+
+def encoder(cache: Path, codec: str | None, own: int, heard: int, several: bool) -> Callable[[Entry], Any]:
+    if several:
+        torch.set_num_threads(1)
+    return Codes(cache, codec, own, heard).kept
+
+
 def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
     """wave (B, L) -> (B, Q, T), voices side by side."""
     state, frame = model.init_state(len(wave), chunk=CHUNK), model.spec.frame
@@ -185,9 +207,10 @@ def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:
 
 
 def read_dialogues(path: str | Path, codes: Codes, encode: Callable[[str], list[int]], model: DuplexSpec,
-                   late: Literal["drop", "shift"] = "drop") -> list[Dialogue]:
-    """All conversations of a manifest, for this model. Raises InputError."""
+                   late: Literal["drop", "shift"] = "drop", jobs: int = 1) -> list[Dialogue]:
+    """All conversations of a manifest, for this model; sound is encoded in `jobs` processes. Raises InputError."""
     made, text, entries, spoken = [], model.text, read_manifest(path), 0
+    encode_all(codes, entries, jobs)
     for entry in entries:
         audio, header = codes.read(entry)
         if header.size != model.card:

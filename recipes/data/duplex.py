@@ -110,7 +110,8 @@ class DuplexModule(lightning.LightningDataModule):
         s, data = self.spec, self.data
         check_conditions(s.conditioning)
         codes = Codes(self.cache, data.codec, s.own, s.heard)
-        read = partial(read_dialogues, codes=codes, encode=by_word(self.tokenizer), model=s, late=data.late)
+        read = partial(read_dialogues, codes=codes, encode=by_word(self.tokenizer), model=s, late=data.late,
+                       jobs=max(data.workers, 1))
         kept = read(data.path)
         kept, out = (kept, read(data.val)) if data.val else held_out(kept, data.holdout)
         self.training = Packed(kept, data.length, self.seed)

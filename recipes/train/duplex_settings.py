@@ -25,7 +25,7 @@ class DuplexData:
     directory). tokenizer: a directory with the tokenizer of the text (none: the model's). late: whether a word that is
     still being written when the next one begins is dropped, or shifts it. drop: the share of the codes that the model
     hears which is hidden from it in training, others in every pass. length: frames of a row. batch_size: rows of
-    all processes together. workers: processes that make batches.
+    all processes together. workers: processes that encode sound files, and that make batches.
     """
 
     path: str

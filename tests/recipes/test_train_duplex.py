@@ -26,7 +26,15 @@ from mm.codecs import Mimi
 from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
-from mm.recipes.data.dialogues import Codes, Dialogue, Packed, check_conditions, read_dialogues, read_manifest
+from mm.recipes.data.dialogues import (
+    Codes,
+    Dialogue,
+    Packed,
+    check_conditions,
+    encode_all,
+    read_dialogues,
+    read_manifest,
+)
 from mm.recipes.data.duplex import Batches, Drilled, DuplexModule, batch_of
 from mm.recipes.data.sampler import Order
 from mm.recipes.talk.codec_of import Note
@@ -321,6 +329,26 @@ def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
     again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
                            lambda word: [5], for_)[0].codes
     assert (again != made).any()
+
+
+def test_sound_files_are_encoded_by_several_processes(tmp_path):
+    model = codec.small()
+    model.save_pretrained(tmp_path / "mimi")
+    for name in "abc":
+        wave = np.random.default_rng(ord(name)).normal(size=(160, 2)).astype(np.float32) * 0.1
+        soundfile.write(tmp_path / f"{name}.wav", wave, model.spec.rate, subtype="FLOAT")
+        (tmp_path / f"{name}.json").write_text(json.dumps({"alignments": []}))
+    manifest = tmp_path / "talks.jsonl"
+    manifest.write_text("\n".join(json.dumps({"path": f"{name}.wav"}) for name in "abc"))
+    found = []
+    for jobs in (1, 2):
+        codes = Codes(tmp_path / str(jobs), str(tmp_path / "mimi"), 3, 2)
+        encode_all(codes, read_manifest(manifest), jobs)
+        found.append({path.name: path.read_bytes() for path in codes.cache.iterdir()})
+    assert len(found[0]) == 6 and found[0] == found[1]
+    (tmp_path / "b.wav").unlink()
+    with pytest.raises(InputError, match=r"b\.wav"):
+        encode_all(Codes(tmp_path / "3", str(tmp_path / "mimi"), 3, 2), read_manifest(manifest), 2)
 
 
 MOOD = spec.Condition(name="mood", of=spec.Choice(bins=3, dim=4, values=("good", "bad")), into="sum")
