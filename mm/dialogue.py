@@ -203,7 +203,7 @@ def step(model: DuplexLM, heard: Tensor, state: DuplexState, rows: Tensor | None
     """See `DuplexLM.step`."""
     own, wide = model.spec.own, state.rows(rows)
     check(model, state, heard, rows, given)
-    check_given(model, given)
+    check_values(model, heard, given)
     if model.spec.heard:
         state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
     inputs = state.read(model.initial, wide).unsqueeze(2)
@@ -247,8 +247,10 @@ def check(model: DuplexLM, state: DuplexState, heard: Tensor, rows: Tensor | Non
             raise InputError(f"{name} should be integers ({batch}, {streams}), not {value.dtype} {tuple(value.shape)}")
 
 
-def check_given(model: DuplexLM, given: Tensor | None) -> None:
+def check_values(model: DuplexLM, heard: Tensor, given: Tensor | None) -> None:
     """On a CPU alone: elsewhere this would wait for the step before."""
+    if heard.device.type == "cpu":
+        check_tokens("heard codes", heard, model.spec.card)
     if given is not None and given.device.type == "cpu":
         chosen = given.masked_fill(given == UNKNOWN, NONE)
         check_tokens("a given text", chosen[:, 0], model.spec.text.most)

@@ -190,7 +190,7 @@ class DuplexLM(Pretrained):
         """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`mm.dialogue`
         says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
         this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state, and on a
-        CPU where given tokens are none of the model's."""
+        CPU where tokens, heard or given, are none of the model's."""
         return step(self, heard, state, rows, given, hooks)
 
     def prompt(self, own: Tensor, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None) -> None:

@@ -278,6 +278,7 @@ def test_hooks_force_and_edit_what_is_said():
      "a given text should be tokens up to 20, .* not 21"),
     (lambda m, s: m.step(torch.zeros(2, 2, dtype=torch.long), s, given=torch.tensor([[-2] * 5, [-2] * 4 + [-3]])),
      "given codes should be tokens up to 12, .* not -3"),
+    (lambda m, s: m.step(torch.tensor([[0, 12], [13, 0]]), s), "heard codes should be tokens up to 12, .* not 13"),
     (lambda m, s: m.prompt(*[torch.zeros(2, n, 3 + n, dtype=torch.long) for n in (5, 2)], s), "as many said"),
     (lambda m, s: m.prompt(*[torch.zeros(2, n, 0, dtype=torch.long) for n in (5, 2)], s), "holds frames"),
     (lambda m, s: m.prompt(*[torch.zeros(2, n, dtype=torch.long) for n in (5, 2)], s), "holds frames"),
