@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import os
 import re
+import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -106,17 +107,24 @@ def holds_codec(folder: Path) -> bool:
 
 
 def carry_codec(source: str | Path, model: DuplexLM, target: Path, layout: str) -> list[str]:
-    """Keeps the codec of the source's directory beside the model in `target`, and says what others will not find."""
+    """Keeps the codec of the source's directory, ours or Kyutai's, beside the model in `target`, and says what others
+    will not find."""
     from ..codecs.mimi import Mimi
     from .talk.codec_of import CODEC, Note
 
-    path = Path(source).expanduser()
-    found = (path.parent if path.is_file() else path) / CODEC
-    if found.is_dir():
+    path, note = Path(source).expanduser(), Note.of(model)
+    home, said = path.parent if path.is_file() else path, model.generation.get("mimi_name")
+    found = next((file for file in (home / CODEC, home / Path(said or CODEC).name) if file.exists()), None)
+    if found is not None and found.is_file() and layout == "kyutai":
+        beside = home / Path(model.generation.get("mimi_config_name") or "").name
+        for file in {found, beside}:
+            if file.is_file():
+                shutil.copyfile(file, target / file.name)
+        return []
+    if found is not None:
         Mimi.from_pretrained(found).save_pretrained(target / CODEC)
         return [] if layout == "mm" else [f"codec: in the folder {CODEC}, where only this package looks for it"]
-    note = Note.of(model)
-    name = model.generation.get("mimi_name") or (note.name if note is not None and layout != "mm" else None)
+    name = said or (note.name if note is not None and layout != "mm" else None)
     return [f"codec: {name} does not come along; mm talk takes it with --codec"] if name else []
 
 

@@ -65,6 +65,17 @@ def test_a_codec_beside_a_model_goes_with_it(tmp_path, capsys):
     assert "holds more than a checkpoint (codec)" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("layout", ["kyutai", "mm"])
+def test_kyutais_codec_goes_with_its_model(tmp_path, capsys, layout):
+    talking.as_kyutai(tmp_path)
+    before = Partner.open(str(tmp_path))
+    assert main(["convert", str(tmp_path), str(tmp_path / "new"), "--to", layout]) == 0
+    assert "note: codec" not in capsys.readouterr().out
+    after = Partner.open(str(tmp_path / "new"))
+    assert after.codec.fingerprint() == before.codec.fingerprint()
+    assert after.model.tokenizer.encode("hi there") == before.model.tokenizer.encode("hi there")
+
+
 def test_where_a_codec_is_after_a_conversion_is_told(saved, capsys):
     def told(generation, layout):
         model = DuplexLM.from_pretrained(saved / "stt")
