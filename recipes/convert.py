@@ -110,22 +110,26 @@ def carry_codec(source: str | Path, model: DuplexLM, target: Path, layout: str) 
     """Keeps the codec of the source's directory, ours or Kyutai's, beside the model in `target`, and says what others
     will not find."""
     from ..codecs.mimi import Mimi
-    from .talk.codec_of import CODEC, Note
+    from .talk.codec_of import CODEC, Note, kyutais
 
     path, note = Path(source).expanduser(), Note.of(model)
-    home, said = path.parent if path.is_file() else path, model.generation.get("mimi_name")
-    found = next((file for file in (home / CODEC, home / Path(said or CODEC).name) if file.exists()), None)
-    if found is not None and found.is_file() and layout == "kyutai":
-        beside = home / Path(model.generation.get("mimi_config_name") or "").name
-        for file in {found, beside}:
-            if file.is_file():
-                shutil.copyfile(file, target / file.name)
+    home = path.parent if path.is_file() else path
+    ours, theirs = home / CODEC, kyutais(home)
+    if theirs is not None and layout == "kyutai" and not ours.is_dir():
+        copy_files(home, target, theirs.name, model.generation.get("mimi_config_name"))
         return []
-    if found is not None:
-        Mimi.from_pretrained(found).save_pretrained(target / CODEC)
+    if ours.is_dir() or theirs is not None:
+        Mimi.from_pretrained(ours if ours.is_dir() else theirs).save_pretrained(target / CODEC)
         return [] if layout == "mm" else [f"codec: in the folder {CODEC}, where only this package looks for it"]
-    name = said or (note.name if note is not None and layout != "mm" else None)
+    name = model.generation.get("mimi_name") or (note.name if note is not None and layout != "mm" else None)
     return [f"codec: {name} does not come along; mm talk takes it with --codec"] if name else []
+
+
+def copy_files(source: Path, target: Path, *names: str | None) -> None:
+    """Those files that a folder holds."""
+    for name in names:
+        if name and (file := source / Path(name).name).is_file():
+            shutil.copyfile(file, target / file.name)
 
 
 def compare(model: Pretrained, again: Pretrained, layout: str) -> str:

@@ -74,7 +74,7 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
 
 def slow_backward(q: Tensor) -> bool:
     """Whether SDPA's backward pass is slower than plain products: of half precision on a CPU, three times."""
-    return q.device.type == "cpu" and q.dtype != torch.float32 and q.requires_grad
+    return q.device.type == "cpu" and q.dtype in (torch.bfloat16, torch.float16) and q.requires_grad
 
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:

@@ -124,6 +124,9 @@ class Codes:
         self.cache, self.codec, self.sizes, self.model = cache, codec, (own, heard), None
         self.first: tuple[Path, Header] | None = None  # of all files that are read
 
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"model": None}
+
     def read(self, entry: Entry) -> tuple[np.ndarray, Header]:
         """((own + heard, T), what one of the files says). Raises InputError for files that do not fit, each other or
         those that were read before."""
@@ -186,16 +189,15 @@ def encode_all(codes: Codes, entries: Iterable[Entry], jobs: int) -> None:
     """The sound files whose codes are not kept yet, in so many processes."""
     wanted = [one for one in entries
               if one.sound is not None and not all(path.exists() for path in codes.places(one))]
-    begin = partial(encoder, codes.cache, codes.codec, *codes.sizes, jobs > 1)
     with Bar("encoding", len(wanted)) as bar:
-        for _ in spread(begin, wanted, min(jobs, max(len(wanted), 1))):
+        for _ in spread(partial(encoder, codes, jobs > 1), wanted, min(jobs, len(wanted) or 1)):
             bar.step()
 
 
-def encoder(cache: Path, codec: str | None, own: int, heard: int, several: bool) -> Callable[[Entry], Any]:
+def encoder(codes: Codes, several: bool) -> Callable[[Entry], Any]:
     if several:
         torch.set_num_threads(1)
-    return Codes(cache, codec, own, heard).kept
+    return codes.kept
 
 
 def encoded(model: Mimi, wave: torch.Tensor, codebooks: int) -> torch.Tensor:

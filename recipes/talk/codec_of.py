@@ -71,8 +71,12 @@ def codec_of(name: str | Path, model: DuplexLM) -> str | Path:
         return shipped(note.name)
     if CODECS.kind_of(folder):
         return folder
-    found = sorted(file for pattern in PATTERNS for file in folder.glob(pattern))
-    if not found:
+    if (found := kyutais(folder)) is None:
         raise InputError(f"{folder} holds no codec: no folder {CODEC}, no codec or mimi_name in its config, no "
                          f"{' or '.join(PATTERNS)}; name one with --codec")
-    return found[0]
+    return found
+
+
+def kyutais(folder: Path) -> Path | None:
+    """The codec among Kyutai's files in a folder."""
+    return min((file for pattern in PATTERNS for file in folder.glob(pattern)), default=None)
