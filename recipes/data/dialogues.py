@@ -122,6 +122,7 @@ class Codes:
 
     def __init__(self, cache: Path, codec: str | None, own: int, heard: int):
         self.cache, self.codec, self.sizes, self.model = cache, codec, (own, heard), None
+        self.silence = torch.empty(max(own, heard), 0, dtype=torch.long)  # the codes of one, as long as was needed
         self.first: tuple[Path, Header] | None = None  # of all files that are read
 
     def __getstate__(self) -> dict[str, Any]:
@@ -164,7 +165,7 @@ class Codes:
             raise InputError(f"{entry.sound} has {sound.channels} channel, a conversation has two: left speaks, right "
                              "is heard")
         wave = torch.cat(list(sound.blocks(model.spec.rate, 2)), 1)
-        codes = encoded(model, wave, max(self.sizes))
+        codes = [self.of(voice) for voice in wave]
         self.cache.mkdir(parents=True, exist_ok=True)
         for path, one, size in zip(paths, codes, self.sizes, strict=True):
             header = Header(model=str(self.codec), weights=self.fingerprint, rate=model.spec.rate,
@@ -173,6 +174,15 @@ class Codes:
                 writer = Writer(file, header)
                 writer.write(one[:header.codebooks])
                 writer.finish(wave.shape[1])
+
+    def of(self, voice: torch.Tensor) -> torch.Tensor:
+        """voice (L,) -> (Q, T). Silence, such as that of a model which only writes, is encoded once."""
+        frames = -(-len(voice) // self.model.spec.frame)
+        if voice.any():
+            return encoded(self.model, voice[None], len(self.silence))[0]
+        if self.silence.shape[1] < frames:
+            self.silence = encoded(self.model, voice[None], len(self.silence))[0]
+        return self.silence[:, :frames]
 
     def opened(self) -> Mimi:
         from ...codecs.mimi import Mimi

@@ -25,6 +25,7 @@ from ..weights import shipped
 from .duplex import DuplexRecipe
 from .duplex_exam import exam
 from .duplex_settings import DuplexJob, DuplexShape
+from .heard import hear_codes, hear_vectors
 from .launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from .shard import strategy
 from .watch import Watch
@@ -49,6 +50,7 @@ def fit(job: DuplexJob) -> None:
     average = recipe.whole_average()
     if trainer.is_global_zero:
         merge_lora(average)
+        hear_codes(average)
         export(average, out / MODEL, job.export.dtype)
         keep_codec(job, average, out / MODEL)
         write_json(out / METRICS, facts(job, recipe, watch) | {
@@ -71,6 +73,8 @@ def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
     data = DuplexModule(job.data, model.spec, tokenizer, job.trainer.seed, cache)
     data.setup()
     bind(model, data.header, job)
+    if given is None and job.shape.hears == "vectors":
+        hear_vectors(model, codec_heard(job, data.header))
     return model.train(), data
 
 
@@ -106,6 +110,15 @@ def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
         return min(own, q.codebooks), min(heard, q.codebooks), q.size
     headers = [Reader(path).header for path in (first.own, first.heard)]
     return min(own, headers[0].codebooks), min(heard, headers[1].codebooks), headers[0].size
+
+
+def codec_heard(job: DuplexJob, header: Header) -> Mimi:
+    """Whose vectors a new model hears. Raises InputError where there is none, or another one than of the codes."""
+    require(job.data.codec is not None, "shape.hears vectors needs data.codec: codec_small, a Mimi directory or hub name")
+    codec = Mimi.from_pretrained(shipped(job.data.codec), dtype=torch.float32)
+    require(codec.fingerprint() == header.weights, f"{job.data.path} was encoded by a codec of other weights than "
+                                                   f"data.codec {job.data.codec}")
+    return codec
 
 
 def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, card: int) -> spec.DuplexSpec:

@@ -43,6 +43,7 @@ from mm.recipes.train.command import parse
 from mm.recipes.train.duplex_loss import losses, losses_of
 from mm.recipes.train.duplex_settings import DuplexData, DuplexJob, DuplexLoss, DuplexShape
 from mm.recipes.train.fit_duplex import fit, keep_codec, new_spec, prepare
+from mm.recipes.train.heard import vectors_of
 from mm.recipes.weights import codec_small
 from mm.tokenizer import load_tokenizer, train_bpe
 
@@ -199,6 +200,46 @@ def test_what_is_written_talks_with_the_codec_that_it_was_trained_with(data, who
         "name": None, "weights": "w", "frame_rate": 12.5}}
 
 
+@pytest.fixture
+def sounds(tmp_path) -> tuple[str, ...]:
+    """Options of a run whose conversations are sound files, and whose model hears the vectors of their codec."""
+    model, draw = codec.small(), np.random.default_rng(0)
+    model.save_pretrained(tmp_path / "mimi")
+    for i in range(4):
+        wave = 0.1 * draw.normal(size=(model.spec.frame * 30, 2))
+        soundfile.write(tmp_path / f"{i}.wav", wave, model.spec.rate, subtype="FLOAT")
+        (tmp_path / f"{i}.json").write_text('{"alignments": [["one", [0.1, 0.2], "SPEAKER_MAIN"]]}')
+    (tmp_path / "talks.jsonl").write_text("\n".join(json.dumps({"path": f"{i}.wav"}) for i in range(4)))
+    return ("--data.path", str(tmp_path / "talks.jsonl"), "--data.codec", str(tmp_path / "mimi"), "--data.cache",
+            str(tmp_path / "codes"), "--shape.hears", "vectors", "--shape.own", "3", "--shape.heard", "2")
+
+
+def test_codes_may_be_heard_as_the_vectors_they_stand_for(data, sounds, tmp_path):
+    """What is left is a plain model; of what it hears, each table is a projection of the codec's vectors, which went
+    on where the run was stopped."""
+    for steps in ("3", "6"):
+        out = train(data, tmp_path / "stopped", *sounds, "--trainer.max_steps", steps)
+    whole = train(data, tmp_path / "run", *sounds, "--trainer.max_steps", "6")
+    assert rows(out / "train.csv") == rows(whole / "train.csv")
+    model, mimi = DuplexLM.from_pretrained(whole / "model"), Mimi.from_pretrained(tmp_path / "mimi")
+    begun = prepare(parse(DuplexJob, "mm train duplex", options(data, tmp_path / "new", *sounds)))[0]
+    vectors, tables = vectors_of(mimi, 2), model.codes.weight.detach()
+    assert tables.shape == (5, mimi.spec.quantizer.size + 1, 32) and tables.shape == begun.codes.weight.shape
+    for k in (0, 1):
+        table, before = tables[3 + k, :-1], begun.codes.weight[3 + k, :-1].detach()
+        projection = torch.linalg.lstsq(vectors[k], table).solution
+        torch.testing.assert_close(vectors[k] @ projection, table, atol=1e-5, rtol=0)
+        assert (table - before).abs().max() > 0.01
+    assert (tables - begun.codes.weight).abs().amax(2)[:3].max() > 0.01  # of its own voice
+
+
+def test_vectors_of_a_codec_that_is_not_there_cannot_be_heard(data, sounds, tmp_path):
+    with pytest.raises(InputError, match="shape.hears vectors needs data.codec"):
+        train(data, tmp_path / "run", "--shape.hears", "vectors")
+    with pytest.raises(InputError, match="talks.jsonl was encoded by a codec of other weights than data.codec"):
+        train(data, tmp_path / "run", "--shape.hears", "vectors", "--data.codec", str(tmp_path / "mimi"))
+
+
 @pytest.mark.full
 @pytest.mark.parametrize("spread", ["true", "false"])
 def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
@@ -329,6 +370,18 @@ def test_sound_files_are_encoded_once(tmp_path, monkeypatch):
     again = read_dialogues(tmp_path / "talks.jsonl", Codes(tmp_path / "cache", str(tmp_path / "mimi"), 3, 2),
                            lambda word: [5], for_)[0].codes
     assert (again != made).any()
+
+
+def test_silence_is_encoded_once(tmp_path, monkeypatch):
+    """The longest that was needed, whose beginning serves for shorter ones."""
+    model = codec.small()
+    codes = Codes(tmp_path / "cache", None, 3, 2)
+    codes.model = model
+    made = [codes.of(torch.zeros(length)) for length in (160, 100, 330)]
+    for one, length in zip(made, (160, 100, 330), strict=True):
+        assert torch.equal(one, model.encode(torch.zeros(1, 1, length))[0, :3])
+    monkeypatch.setattr(model, "encode", lambda *_, **__: pytest.fail("it is known already"))
+    assert torch.equal(codes.of(torch.zeros(329)), made[2])
 
 
 def test_sound_files_are_encoded_by_several_processes(tmp_path):
