@@ -114,7 +114,7 @@ def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
 
 def codec_heard(job: DuplexJob, header: Header) -> Mimi:
     """Whose vectors a new model hears. Raises InputError where there is none, or another one than of the codes."""
-    require(job.data.codec is not None, "shape.hears vectors needs data.codec: codec_small, a Mimi directory or hub name")
+    require(job.data.codec is not None, "shape.hears vectors needs data.codec: codec_small, a directory or a hub name")
     codec = Mimi.from_pretrained(shipped(job.data.codec), dtype=torch.float32)
     require(codec.fingerprint() == header.weights, f"{job.data.path} was encoded by a codec of other weights than "
                                                    f"data.codec {job.data.codec}")
