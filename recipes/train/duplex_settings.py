@@ -61,8 +61,8 @@ class DuplexShape:
     width, depth, heads, kv_heads and mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
     context: frames that it sees. deep_width, deep_depth, deep_heads: of the depth transformer; sets: how many sets of
     weights its steps have, the last of which the later steps share (none: one each). rank: of its embeddings' tables
-    (none: as wide as it is). delay: in frames, of all codebooks but a voice's first. hears: what its tables of heard codes
-    are made of in training, a learned projection of the codec's own vectors, or rows of their own for codes.
+    (none: as wide as it is). delay: in frames, of all codebooks but a voice's first. hears: what its tables of heard
+    codes are made of in training, a learned projection of the codec's own vectors, or rows of their own for codes.
     """
 
     own: int = 8
