@@ -20,8 +20,8 @@ def adamw(module: nn.Module, optim: Optim, share: Callable[[str], float] = lambd
 
 
 def parameter_groups(module: nn.Module, optim: Optim, key: Callable[[str], Any]) -> list[tuple[Any, dict[str, Any]]]:
-    """What trains, by `key(name)` and by weight decay, the largest keys first. Weight decay falls on matrices that
-    multiply activations: not on norms, biases, tables, tokens or scales."""
+    """What trains, by `key(name)` and by weight decay, the largest keys first. Weight decay falls on matrices
+    and on the embeddings of tokens and codes: not on norms, biases, positions or scales."""
     groups: dict[tuple[Any, bool], list[nn.Parameter]] = {}
     for name, parameter in module.named_parameters():
         if parameter.requires_grad:
