@@ -252,6 +252,21 @@ def test_two_processes_give_the_losses_of_one(data, whole, tmp_path, spread):
 
 
 @pytest.mark.full
+@pytest.mark.parametrize("spread", ["true", "false"])
+def test_two_processes_hear_vectors_as_one_does(data, sounds, tmp_path, spread):
+    argv = [*sounds, "--trainer.max_steps", "6", "--data.batch_size", "2"]
+    one = train(data, tmp_path / "one", *argv)
+    argv = options(data, tmp_path / "two", *argv, "--trainer.devices", "2", "--shard", spread)
+    subprocess.run([sys.executable, "-m", "mm.recipes.cli", "train", "duplex", *argv], check=True, capture_output=True)
+    wanted, found = ([float(row["loss"]) for row in rows(run / "train.csv")] for run in (one, tmp_path / "two"))
+    assert found == pytest.approx(wanted, rel=1e-4)
+    wanted, found = (load_file(run / "model" / "model.safetensors") for run in (one, tmp_path / "two"))
+    assert wanted.keys() == found.keys()
+    for name, value in wanted.items():
+        torch.testing.assert_close(found[name], value, atol=1e-4, rtol=0)
+
+
+@pytest.mark.full
 def test_compiled_blocks_give_the_same_losses(data, whole, tmp_path):
     out = train(data, tmp_path / "run", "--trainer.max_steps", "3", "--compile", "true")
     wanted, found = ([float(row["loss"]) for row in rows(run / "train.csv")][:3] for run in (whole, out))
