@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import time
 from dataclasses import asdict
 from typing import Any
@@ -17,7 +16,7 @@ from mm.spec import DuplexSpec
 
 from ..data.duplex import DuplexBatch
 from ..data.sampler import readers, torch_seed
-from .duplex_loss import losses_of
+from .duplex_loss import losses_of, some_frames
 from .duplex_settings import DuplexLoss, DuplexOptim
 from .lm_settings import LmLora
 from .optim import adamw
@@ -55,7 +54,7 @@ class DuplexRecipe(Recipe):
 
     def training_step(self, batch: DuplexBatch, batch_idx: int) -> Tensor:
         """This process's share of the means over all targets of the batch."""
-        made = losses_of(self.module, batch, self.loss, self.deep(batch.documents))
+        made = losses_of(self.module, batch, self.loss, self.deep(batch))
         world = readers(self.trainer)[1]
         weight = self.total(made.weight)
         text, audio = (part / whole.clamp(min=1e-9) for part, whole in zip(made[:2], weight, strict=True))
@@ -66,13 +65,10 @@ class DuplexRecipe(Recipe):
                      "lr": self.optimizers().param_groups[0]["lr"]}
         return (text + audio) * world
 
-    def deep(self, documents: Tensor) -> Tensor | None:
+    def deep(self, batch: DuplexBatch) -> Tensor | None:
         """The frames that the depth transformer learns from in this step."""
-        if self.loss.depth == 1:
-            return None
         seed = torch_seed(self.seed, self.global_step, readers(self.trainer)[0], DEPTH)
-        order = torch.randperm(documents.numel(), generator=torch.Generator().manual_seed(seed))
-        return order[:math.ceil(self.loss.depth * len(order))].to(documents.device)
+        return some_frames(batch.codes[:, 1], self.loss, torch.Generator().manual_seed(seed))
 
     def after_step(self) -> None:
         self.last["frames/s"] = self.frames / (time.perf_counter() - self.began)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from itertools import product
 from typing import Any, NamedTuple
 
@@ -46,6 +47,17 @@ def losses(model: DuplexLM, codes: Tensor, settings: DuplexLoss, documents: Tens
         hidden, tokens, known = hidden[deep], tokens[:, deep], known[:, deep]
     audio, right, worths = of_codes(model, hidden, tokens, known[1:], settings)
     return Losses(text, audio, torch.stack([worth, worths]), entropy, words, right, known[1:].sum(1))
+
+
+def some_frames(first: Tensor, settings: DuplexLoss, random: torch.Generator) -> Tensor | None:
+    """first (B, T), the first codes that a model says -> (N,) frames whose codes are to count, numbered row by row;
+    None where all do."""
+    if settings.depth == 1:
+        return None
+    same = first[:, 2:].eq(first[:, 1:-1]) & first[:, 2:].eq(first[:, :-2])
+    same = torch.nn.functional.pad(same, (first.shape[1] - same.shape[1], 0))
+    odds = torch.where(same, settings.still, 1.0).flatten()
+    return torch.multinomial(odds.cpu(), math.ceil(settings.depth * len(odds)), generator=random).to(first.device)
 
 
 def of_text(model: DuplexLM, hidden: Tensor, tokens: Tensor, known: Tensor, settings: DuplexLoss

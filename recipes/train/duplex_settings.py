@@ -98,15 +98,19 @@ class DuplexLoss:
     first_codebook: what a code of the first codebook counts for, the others count 1. text_padding: what padding of the
     text counts for, words count 1. depth: the share of the frames, others in every step, whose codes count and from
     which the depth transformer learns; the text counts in all. Less than 1 costs less (Schalkwyk et al., 2025, CSM).
+    still: how likely such a frame is one in which the model's first code stays the same for the third time, as in
+    silence, against any other frame. Less than 1 learns more from the same number of frames.
     """
 
     first_codebook: float = 100.0
     text_padding: float = 0.5
     depth: float = 1.0
+    still: float = 1.0
 
     def __post_init__(self) -> None:
-        if not 0 < self.depth <= 1:
-            raise InputError(f"loss.depth must lie in (0, 1], not {self.depth}")
+        for name in ("depth", "still"):
+            if not 0 < getattr(self, name) <= 1:
+                raise InputError(f"loss.{name} must lie in (0, 1], not {getattr(self, name)}")
         if min(self.first_codebook, self.text_padding) < 0:
             raise InputError("loss.first_codebook and text_padding must not be negative")
 

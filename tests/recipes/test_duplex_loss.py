@@ -6,7 +6,8 @@ import torch
 import torch.nn.functional as F
 from duplex import random_codes, small
 
-from mm.recipes.train.duplex_loss import losses
+from mm.errors import InputError
+from mm.recipes.train.duplex_loss import losses, some_frames
 from mm.recipes.train.duplex_settings import DuplexLoss
 
 
@@ -87,3 +88,29 @@ def test_codes_of_chosen_frames_and_the_text_of_all():
     assert torch.equal(sum(part.right for part in parts), whole.right)
     for part in parts:
         torch.testing.assert_close(part.text, whole.text)
+
+
+def test_frames_in_which_nothing_changes_are_learned_from_less():
+    codes = torch.arange(400).expand(2, -1).clone()
+    codes[1, 100:] = 7  # the third frame of these is the first that is still
+    random, counts, steps = torch.Generator().manual_seed(0), torch.zeros(800), 200
+    for _ in range(steps):
+        frames = some_frames(codes, DuplexLoss(depth=0.1, still=0.1), random)
+        assert len(frames) == len(frames.unique()) == 80
+        counts[frames] += 1
+    moving, still = counts[:502], counts[502:]
+    assert 7 < moving.mean() / still.mean() < 10.5  # none is drawn twice in a step: a little less than ten times
+    assert moving.min() > still.max()
+
+
+@pytest.mark.parametrize("frames", [1, 2, 3])
+def test_few_frames(frames):
+    drawn = some_frames(torch.zeros(2, frames, dtype=torch.long), DuplexLoss(depth=0.5, still=0.5), torch.Generator())
+    assert len(drawn) == frames
+    assert some_frames(torch.zeros(2, frames), DuplexLoss(still=0.5), torch.Generator()) is None
+
+
+@pytest.mark.parametrize("name", ["depth", "still"])
+def test_shares_of_frames(name):
+    with pytest.raises(InputError, match=rf"loss.{name} must lie in \(0, 1\], not 0"):
+        DuplexLoss(**{name: 0})
