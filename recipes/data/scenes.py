@@ -19,7 +19,8 @@ FRAME = 1920  # samples: answers begin on a frame of the codec, so that each has
 SHARES = (0.5, 0.4, 0.1)  # of KINDS
 HUMAN = 0.25  # of the words to repeat, where people say them
 LONG = (3.0, 6.0)  # seconds of silence before some questions that are alone
-DELAY = (0.5, 0.65)  # from the end of a question to its answer, before this is moved on to a frame
+DELAY = 0.62  # seconds from the end of a question to its answer, before this is moved on to a frame. It is always
+# the same: a model that is to expect an answer at several times may let all of them pass
 AHEAD = 5 * FRAME  # samples: an answer is written before it is said, a word a frame. Else its first sounds would tell
 # a model in training which of the few sentences this is, and what was asked would not be learned
 QUIET = (4.0, 8.0)  # seconds of a dialogue without a question
@@ -147,7 +148,7 @@ class Stage:
         """Places a question and its answer, which the next question interrupts at times."""
         question, wave, start = line.question, self.spoken(line), self.at
         end = start + len(wave) - AFTER * BLOCK
-        reply = -(-(end + self.samples(DELAY)) // FRAME) * FRAME
+        reply = -(-(end + round(DELAY * RATE)) // FRAME) * FRAME
         answer = self.library.answers[question.answer] if self.pace.said else np.zeros(UNSAID, np.float32)
         interrupted = more and self.random.random() < INTERRUPTED
         if interrupted:
