@@ -74,7 +74,7 @@ def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
     data.setup()
     bind(model, data.header, job)
     if given is None and job.shape.hears == "vectors":
-        hear_vectors(model, codec_heard(job, data.header))
+        hear_vectors(model, codec_heard(job, data))
     return model.train(), data
 
 
@@ -112,12 +112,12 @@ def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
     return min(own, headers[0].codebooks), min(heard, headers[1].codebooks), headers[0].size
 
 
-def codec_heard(job: DuplexJob, header: Header) -> Mimi:
+def codec_heard(job: DuplexJob, data: DuplexModule) -> Mimi:
     """Whose vectors a new model hears. Raises InputError where there is none, or another one than of the codes."""
     require(job.data.codec is not None, "shape.hears vectors needs data.codec: codec_small, a directory or a hub name")
-    codec = Mimi.from_pretrained(shipped(job.data.codec), dtype=torch.float32)
-    require(codec.fingerprint() == header.weights, f"{job.data.path} was encoded by a codec of other weights than "
-                                                   f"data.codec {job.data.codec}")
+    codec = data.codec or Mimi.from_pretrained(shipped(job.data.codec), dtype=torch.float32)
+    require(codec.fingerprint() == data.header.weights,
+            f"{job.data.path} was encoded by a codec of other weights than data.codec {job.data.codec}")
     return codec
 
 
