@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
     from ...codecs.mimi import Mimi
 
+SPEAKING = "lm_gen_config"  # where a model's config says at which temperatures it speaks
 BEST = "very_good"  # of the recordings that Hibiki learned from
 
 
@@ -91,7 +92,7 @@ class Partner:
     @property
     def wishes(self) -> Wishes:
         """Those of a client that asks for nothing: what the checkpoint's config says of sampling, or the usual."""
-        told, plain = self.model.generation.get("lm_gen_config") or {}, Wishes()
+        told, plain = self.model.generation.get(SPEAKING) or {}, Wishes()
 
         def sampling(usual: Sampling, temperature: str, top_k: str) -> Sampling:
             warm = told.get(temperature, usual.temperature) if told.get("use_sampling", True) else 0

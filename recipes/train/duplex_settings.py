@@ -126,6 +126,28 @@ class DuplexOptim(Optim):
 
 
 @dataclass(frozen=True, kw_only=True)
+class DuplexExport(Export):
+    """The model directory written at the end.
+
+    dtype: of its weights. temp, temp_text: the temperatures of codes and text which its config tells to speak with, 0
+    takes the likeliest (none: what the config of `model` says, else the usual ones).
+    """
+
+    temp: float | None = None
+    temp_text: float | None = None
+
+    def __post_init__(self) -> None:
+        for name, value in self.temperatures().items():
+            if not 0 <= value < float("inf"):
+                raise InputError(f"export.{name} must be 0 or more, not {value}")
+
+    def temperatures(self) -> dict[str, float]:
+        """Those that are given."""
+        given = {"temp": self.temp, "temp_text": self.temp_text}
+        return {name: value for name, value in given.items() if value is not None}
+
+
+@dataclass(frozen=True, kw_only=True)
 class DuplexJob:
     """Train a duplex model on conversations, or go on with one.
 
@@ -147,7 +169,7 @@ class DuplexJob:
     shard: bool = False
     optim: DuplexOptim = DuplexOptim()
     trainer: Trainer = Trainer()
-    export: Export = Export()
+    export: DuplexExport = DuplexExport()
 
     def __post_init__(self) -> None:
         if self.checkpointing < 0:

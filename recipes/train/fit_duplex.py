@@ -21,6 +21,7 @@ from ...codecs.mimi import Mimi
 from ..data.dialogues import Codes, read_manifest
 from ..data.duplex import DuplexModule
 from ..talk.codec_of import CODEC, Note
+from ..talk.partner import SPEAKING
 from ..weights import shipped
 from .duplex import DuplexRecipe
 from .duplex_exam import exam
@@ -79,11 +80,14 @@ def prepare(job: DuplexJob) -> tuple[DuplexLM, DuplexModule]:
 
 
 def bind(model: DuplexLM, header: Header, job: DuplexJob) -> None:
-    """Notes the codec of the conversations. Raises InputError where a model to go on with was trained with another."""
+    """Notes the codec of the conversations, and how to speak. Raises InputError where a model to go on with was trained
+    with another codec."""
     before, now = Note.of(model), Note.taken(header)
     require(before is None or before.weights == now.weights,
             f"{job.data.path} was encoded by a codec of other weights than {job.model} was trained with")
     model.generation = {**model.generation, **now.told()}
+    if told := job.export.temperatures():
+        model.generation[SPEAKING] = {**(model.generation.get(SPEAKING) or {}), **told}
 
 
 def keep_codec(job: DuplexJob, model: DuplexLM, folder: Path) -> None:

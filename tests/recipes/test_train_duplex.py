@@ -200,6 +200,18 @@ def test_what_is_written_talks_with_the_codec_that_it_was_trained_with(data, who
         "name": None, "weights": "w", "frame_rate": 12.5}}
 
 
+def test_a_model_says_how_it_is_to_speak(data, whole, tmp_path):
+    def told(out: Path) -> dict:
+        return json.loads((out / "model" / "config.json").read_text())["generation"].get("lm_gen_config")
+    still = ["--trainer.max_steps", "1"]
+    first = train(data, tmp_path / "first", "--export.temp", "0", "--export.temp_text", "0.5", *still)
+    again = train(data, tmp_path / "again", "--model", str(first / "model"), "--export.temp_text", "0", *still)
+    assert told(whole) is None and told(first) == {"temp": 0, "temp_text": 0.5} and told(again) == {
+        "temp": 0, "temp_text": 0}
+    with pytest.raises(InputError, match="export.temp must be 0 or more, not -1"):
+        train(data, tmp_path / "bad", "--export.temp", "-1")
+
+
 @pytest.fixture
 def sounds(tmp_path) -> tuple[str, ...]:
     """Options of a run whose conversations are sound files, and whose model hears the vectors of their codec."""
