@@ -57,7 +57,8 @@ def some_frames(first: Tensor, settings: DuplexLoss, random: torch.Generator) ->
     same = first[:, 2:].eq(first[:, 1:-1]) & first[:, 2:].eq(first[:, :-2])
     same = torch.nn.functional.pad(same, (first.shape[1] - same.shape[1], 0))
     odds = torch.where(same, settings.still, 1.0).flatten()
-    return torch.multinomial(odds.cpu(), math.ceil(settings.depth * len(odds)), generator=random).to(first.device)
+    waits = torch.empty(len(odds)).exponential_(generator=random)  # drawn are the shortest of waits / odds
+    return (odds / waits.to(odds.device)).topk(math.ceil(settings.depth * len(odds))).indices
 
 
 def of_text(model: DuplexLM, hidden: Tensor, tokens: Tensor, known: Tensor, settings: DuplexLoss
