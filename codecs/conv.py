@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import InputError
-from mm.linear import linear, plain
+from mm.nn.linear import linear, plain
 from mm.tree import register
 
 LONG = 480  # steps, from which torch's convolution is the faster one, as measured

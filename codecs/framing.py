@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.state import State
+from mm.nn.state import State
 from mm.tree import register
 
 

@@ -8,12 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm import pretrained
+from mm.checkpoint import pretrained
 from mm.errors import InputError
-from mm.schema import fingerprint
+from mm.nn.state import check_state
+from mm.nn.transformer import Transformer
 from mm.spec import attention
-from mm.state import check_state
-from mm.transformer import Transformer
+from mm.spec.schema import fingerprint
 
 from .conv import Conv, DepthwiseTranspose
 from .families import FAMILIES

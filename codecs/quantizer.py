@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.linear import Linear
+from mm.nn.linear import Linear
 
 from .spec import Quantizer
 

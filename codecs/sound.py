@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, BinaryIO
 import torch
 from torch import Tensor
 
-from mm.checkpoint import replacing
+from mm.checkpoint.files import replacing
 from mm.errors import InputError
 
 from .resample import Resampler

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import math
 
-from mm.schema import require, require_rates, spec
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Rope, Sight, Stack
+from mm.spec.schema import require, require_rates, spec
 
 
 @spec

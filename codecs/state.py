@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.state import StackState, State
+from mm.nn.state import StackState, State
 from mm.tree import register
 
 from .conv import Debt, Past

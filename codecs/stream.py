@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.graph import Replay
+from mm.nn.graph import Replay
 
 from .mimi import Mimi
 

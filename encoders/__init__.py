@@ -4,9 +4,9 @@ from mm.lazy import lazy
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "CLIP": "mm.encoders.clip",
-    "Hubert": "mm.encoders.hubert",
+    "Hubert": "mm.encoders.audio.hubert",
     "TextTower": "mm.encoders.text",
-    "ViT": "mm.encoders.vit",
-    "Whisper": "mm.encoders.whisper",
+    "ViT": "mm.encoders.vision.vit",
+    "Whisper": "mm.encoders.audio.whisper",
     "open_model": "mm.encoders.any",
 })

@@ -9,18 +9,18 @@ import torch
 
 from mm.errors import InputError
 
-from .families import FAMILIES
+from .vision.families import FAMILIES
 
 if TYPE_CHECKING:
     from .clip import CLIP
-    from .vit import ViT
+    from .vision.vit import ViT
 
 
 def open_model(name_or_dir: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, *,
                allow_pickle: bool = False) -> CLIP | ViT:
     """The model of a directory or hub name, a CLIP or a ViT by what its files say. Raises InputError."""
     from .clip import CLIP
-    from .vit import ViT
+    from .vision.vit import ViT
 
     folder = FAMILIES.resolve(name_or_dir)
     kinds = {"clip": CLIP, "vit": ViT}

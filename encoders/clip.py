@@ -11,16 +11,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import InputError
-from mm.tokenizer import Tokenizer
+from mm.tokenizer.tokenizer import Tokenizer
 
 from . import spec
-from .audio import Sound
-from .backbone import build_image_tower
-from .flex import Flex
-from .image import Preprocess, Source
-from .pretrained import Pretrained
+from .audio.spectrogram import Sound
 from .text import TextTower
-from .vit import ViT
+from .vision.backbone import build_image_tower
+from .vision.flex import Flex
+from .vision.image import Preprocess, Source
+from .vision.pretrained import Pretrained
+from .vision.vit import ViT
 
 Part = TypeVar("Part")
 

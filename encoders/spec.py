@@ -6,10 +6,10 @@ import math
 from typing import Any, Literal
 
 from mm.errors import InputError
-from mm.schema import require, require_rates, spec
 from mm.spec import LayerNorm, Mlp, Norm, Stack, attention
+from mm.spec.schema import require, require_rates, spec
 
-from .audio import Spectrogram
+from .audio.spectrogram import Spectrogram
 
 
 # --------------------------------------------------------------------------------------------- pictures

@@ -7,11 +7,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import InputError
-from mm.transformer import Transformer
-from mm.visibility import padded
+from mm.nn.transformer import Transformer
+from mm.positions.visibility import padded
 
 from . import spec
-from .pooling import Head
+from .vision.pooling import Head
 
 
 class TextTower(nn.Module):

@@ -6,22 +6,22 @@ import importlib
 import sys
 
 COMMANDS = {
-    "demo": ("mm.recipes.demo.command:demo", "search emoji pictures in the browser with the weights that ship here"),
+    "demo": ("mm.recipes.commands.demo:demo", "search emoji pictures in the browser with the weights that ship here"),
     "index": ("mm.recipes.search.index:index", "write or refresh the search index of a folder of pictures or texts"),
     "search": ("mm.recipes.search.query:search", "find the pictures or passages that match a text or a picture"),
     "classify": ("mm.recipes.search.classify:classify", "sort a folder of pictures by labels, zero-shot or as trained"),
-    "features": ("mm.recipes.features:features", "vectors and feature maps of a folder of pictures, as a table"),
-    "generate": ("mm.recipes.generate:generate", "go on with a text, or chat: mm generate stories260k \"Once upon\""),
-    "train": ("mm.recipes.train.command:train", "train a model: mm train clip --config clip_emoji.yaml"),
-    "eval": ("mm.recipes.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
-    "codec": ("mm.recipes.codec:codec", "sound files to Mimi codes and back, or played: mm codec encode a.wav a.mimi"),
-    "transcribe": ("mm.recipes.transcribe:transcribe", "the words of sound files, with times, by Whisper"),
-    "talk": ("mm.recipes.talk.command:talk", "speak with a duplex model on a web page, or let it answer a sound file"),
-    "dialogues": ("mm.recipes.dialogues:dialogues", "make the spoken dialogues that the duplex model is trained on"),
-    "convert": ("mm.recipes.convert:convert", "rewrite a checkpoint in the layout hf, open_clip, timm, kyutai or mm"),
-    "export": ("mm.recipes.export:export", "write the towers of a model as ONNX or torch.export files"),
-    "info": ("mm.recipes.info:info", "what a checkpoint is: parts, parameters, memory, FLOPs, preprocessing"),
-    "bench": ("mm.recipes.bench.command:bench", "measure this package against its peers"),
+    "features": ("mm.recipes.commands.features:features", "vectors and feature maps of a folder of pictures, as a table"),
+    "generate": ("mm.recipes.commands.generate:generate", "go on with a text, or chat: mm generate stories260k \"Once upon\""),
+    "train": ("mm.recipes.commands.train:train", "train a model: mm train clip --config clip_emoji.yaml"),
+    "eval": ("mm.recipes.commands.evaluate:evaluate", "zero-shot accuracy and recall of a model on a data set"),
+    "codec": ("mm.recipes.commands.codec:codec", "sound files to codes and back, or played: mm codec encode a.wav a.mimi"),
+    "transcribe": ("mm.recipes.commands.transcribe:transcribe", "the words of sound files, with times, by Whisper"),
+    "talk": ("mm.recipes.commands.talk:talk", "speak with a duplex model on a web page, or let it answer a sound file"),
+    "dialogues": ("mm.recipes.makers.dialogues:dialogues", "make the spoken dialogues that a duplex model learns from"),
+    "convert": ("mm.recipes.commands.convert:convert", "rewrite a checkpoint in another layout: hf, open_clip, timm, kyutai, mm"),
+    "export": ("mm.recipes.commands.export:export", "write the towers of a model as ONNX or torch.export files"),
+    "info": ("mm.recipes.commands.info:info", "what a checkpoint is: parts, parameters, memory, FLOPs, preprocessing"),
+    "bench": ("mm.recipes.commands.bench:bench", "measure this package against its peers"),
 }
 
 

@@ -57,9 +57,10 @@ def test_what_starts_imports_no_torch_at_its_top(path):
 
 
 def test_the_rules_catch_what_they_forbid():
-    source = "from ..recipes import cli\nfrom mm.block import Block\nimport torchvision.io\nfrom mm import codecs"
+    source = "from ..recipes import cli\nfrom mm.nn.block import Block\nimport torchvision.io\nfrom mm import codecs"
     found = list(imports(ast.walk(ast.parse(source)), "mm.encoders"))
-    assert found == [("mm.recipes.cli", False), ("mm.block.Block", True), ("torchvision.io", True), ("mm.codecs", True)]
+    assert found == [("mm.recipes.cli", False), ("mm.nn.block.Block", True), ("torchvision.io", True),
+                     ("mm.codecs", True)]
     assert [floor_of(name) for name, _ in found] == ["recipes", "mm", None, "codecs"]
 
 

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from mm import checkpoint
-from mm.family import Extras, Families, Family
-from mm.tables import IDENTITY
+from mm.checkpoint import files as checkpoint
+from mm.checkpoint.family import Extras, Families, Family
+from mm.checkpoint.tables import IDENTITY
 
 from ..spec import MimiSpec
 from .hf import HF, HF_HALVES

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
+from mm.checkpoint.family import Keys
+from mm.checkpoint.tables import SAME, Rule, Table, Way, rule
 from mm.errors import InputError
-from mm.family import Keys
-from mm.tables import SAME, Rule, Table, Way, rule
 
 from ..spec import MimiSpec
 

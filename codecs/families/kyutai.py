@@ -7,10 +7,10 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm import checkpoint
+from mm.checkpoint import files as checkpoint
+from mm.checkpoint.family import Extras, Family, Keys, Opened, ensure_kept
+from mm.checkpoint.tables import Table
 from mm.errors import InputError
-from mm.family import Extras, Family, Keys, Opened, ensure_kept
-from mm.tables import Table
 
 from ..spec import MimiSpec, Quantizer, Seanet, mimi_stack
 from .common import fixed, steps_per_frame, table_of, together

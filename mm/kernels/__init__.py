@@ -5,15 +5,15 @@ from __future__ import annotations
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm import rope as rotary
 from mm.kernels import values
 from mm.kernels.choice import choose
 from mm.kernels.problem import Bias, Problem, check
 from mm.kernels.tiled import tiled
 from mm.kernels.values import debug
-from mm.rope import Turn
+from mm.positions import rope as rotary
+from mm.positions.rope import Turn
+from mm.positions.visibility import At, Seen
 from mm.spec import EVERYWHERE, Sight
-from mm.visibility import At, Seen
 
 __all__ = ["attend", "debug", "explain"]
 

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 
 from mm.kernels.problem import Problem
+from mm.positions.visibility import all_visible
 from mm.spec import CAUSAL
-from mm.visibility import all_visible
 
 TRITON = find_spec("triton") is not None
 SHORT = 1024  # tokens up to which keys are rotated again by every tile that reads them

@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from mm import rope as rotary
 from mm.errors import InputError
 from mm.kernels import triton_launch as run
 from mm.kernels.choice import FEW, SHORT, unsupported
 from mm.kernels.problem import ByOffset, Problem
 from mm.kernels.triton_plan import Call
-from mm.rope import Turn
+from mm.positions import rope as rotary
+from mm.positions.rope import Turn
 
 TENSORS = 16  # of the arguments
 GIVEN = ", ".join([

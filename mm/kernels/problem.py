@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.rope import Turn
+from mm.positions.rope import Turn
+from mm.positions.visibility import At, Seen, visible
 from mm.spec import Sight
-from mm.visibility import At, Seen, visible
 
 Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
 

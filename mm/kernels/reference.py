@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from mm import rope as rotary
 from mm.kernels.problem import Problem
+from mm.positions import rope as rotary
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:

@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import ranges
-from .triton_sight import locate, sees, span
-from .triton_tile import (
+from mm.kernels.triton_forward import ranges
+from mm.kernels.triton_sight import locate, sees, span
+from mm.kernels.triton_tile import (
     base,
     dots,
     finish,

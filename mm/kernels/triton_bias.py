@@ -5,10 +5,10 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_backward import query_step
-from .triton_forward import ranges
-from .triton_sight import locate
-from .triton_tile import load_keyed, load_values, place, row_values, rows_of, wide
+from mm.kernels.triton_backward import query_step
+from mm.kernels.triton_forward import ranges
+from mm.kernels.triton_sight import locate
+from mm.kernels.triton_tile import load_keyed, load_values, place, row_values, rows_of, wide
 
 
 @triton.jit

@@ -6,9 +6,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import begin, step
-from .triton_sight import locate
-from .triton_tile import load_keyed, place, rows_of, store_values, wide
+from mm.kernels.triton_forward import begin, step
+from mm.kernels.triton_sight import locate
+from mm.kernels.triton_tile import load_keyed, place, rows_of, store_values, wide
 
 
 @triton.jit

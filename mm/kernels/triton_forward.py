@@ -5,8 +5,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_sight import locate, sees, span
-from .triton_tile import (
+from mm.kernels.triton_sight import locate, sees, span
+from mm.kernels.triton_tile import (
     LOG2E,
     base,
     dots,

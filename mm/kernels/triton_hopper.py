@@ -9,9 +9,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_forward import begin, weigh
-from .triton_sight import sees, span
-from .triton_tile import base, finish, place, wide
+from mm.kernels.triton_forward import begin, weigh
+from mm.kernels.triton_sight import sees, span
+from mm.kernels.triton_tile import base, finish, place, wide
 
 
 @triton.jit

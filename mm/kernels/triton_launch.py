@@ -9,12 +9,12 @@ import torch
 import triton
 from torch import Tensor
 
-from .triton_backward import backward_keys, backward_queries
-from .triton_bias import backward_bias
-from .triton_decode import decode, join
-from .triton_forward import forward
-from .triton_hopper import forward_hopper
-from .triton_plan import (
+from mm.kernels.triton_backward import backward_keys, backward_queries
+from mm.kernels.triton_bias import backward_bias
+from mm.kernels.triton_decode import decode, join
+from mm.kernels.triton_forward import forward
+from mm.kernels.triton_hopper import forward_hopper
+from mm.kernels.triton_plan import (
     HOPPER_IS_FASTER,
     HOPPER_TILE,
     Call,
@@ -30,8 +30,8 @@ from .triton_plan import (
     suits_hopper,
     tiles_of,
 )
-from .triton_reach import reach_keys, reach_queries
-from .triton_tile import Heads, Line, Plan, Turned, Where
+from mm.kernels.triton_reach import reach_keys, reach_queries
+from mm.kernels.triton_tile import Heads, Line, Plan, Turned, Where
 
 LOG2E = math.log2(math.e)
 

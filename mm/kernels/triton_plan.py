@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from .triton_tile import Plan
+from mm.kernels.triton_tile import Plan
 
 
 @dataclass(frozen=True)

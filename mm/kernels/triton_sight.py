@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .triton_tile import wide
+from mm.kernels.triton_tile import wide
 
 
 @triton.jit
@@ -29,7 +29,7 @@ def locate(at, b, index, inside):
 
 @triton.jit
 def sees(q, q_document, k, k_document, k_prefix, k_inside, plan: tl.constexpr):
-    """`mm.visibility.visible` for positions that broadcast against each other."""
+    """`mm.positions.visibility.visible` for positions that broadcast against each other."""
     seen = k_inside if plan.regular else k >= 0
     if plan.right is not None:
         near = k <= q + plan.right

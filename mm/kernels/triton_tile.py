@@ -36,7 +36,7 @@ class Line(NamedTuple):
 
 
 class Where(NamedTuple):
-    """`mm.visibility.At` as the kernels read it."""
+    """`mm.positions.visibility.At` as the kernels read it."""
 
     position: Line | None
     document: Line | None

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.visibility import ANYWHERE, EMPTY, At
+from mm.positions.visibility import ANYWHERE, EMPTY, At
 
 wanted = False  # whether a `debug` is open
 

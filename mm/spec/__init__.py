@@ -1,6 +1,6 @@
 """A model is data: frozen, keyword-only dataclasses describe each layer, and a stack is a tuple of layers.
 
-Every spec checks itself when it is made and goes through JSON and back (`mm.schema`).
+Every spec checks itself when it is made and goes through JSON and back (`mm.spec.schema`).
 """
 
 # ruff: noqa: F401

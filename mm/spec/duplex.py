@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, spec
 from mm.spec.mixers import Attention
 from mm.spec.mlp import Mlp
+from mm.spec.schema import require, spec
 from mm.spec.stack import Layer, Stack
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, spec
 from mm.spec.language import Embed, LMHead
+from mm.spec.schema import require, spec
 from mm.spec.stack import Stack
 
 

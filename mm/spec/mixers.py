@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, require_rates, spec
 from mm.spec.norms import Norm, RMSNorm
 from mm.spec.positions import CAUSAL, EVERYWHERE, DynamicNTK, LongRope, Mixed, Rope, Sight
+from mm.spec.schema import require, require_rates, spec
 
 
 @spec

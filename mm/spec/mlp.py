@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, require_rates, spec
 from mm.spec.norms import Norm
+from mm.spec.schema import require, require_rates, spec
 
 
 @spec

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, spec
+from mm.spec.schema import require, spec
 
 
 @spec

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from mm.schema import require, spec
 from mm.spec.encoders import EncoderSpec
 from mm.spec.language import DecoderSpec
+from mm.spec.schema import require, spec
 
 
 @spec

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from typing import Literal
 
-from mm.schema import require, require_rates, spec
 from mm.spec.mixers import Attention, Differential, Latent
 from mm.spec.mlp import Mlp, Moe
 from mm.spec.norms import LayerNorm, Norm
 from mm.spec.positions import Alibi, Buckets
+from mm.spec.schema import require, require_rates, spec
 
 
 @spec

@@ -13,10 +13,10 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from mm import rope
 from mm.kernels.problem import Problem
+from mm.positions import rope
+from mm.positions.visibility import visible
 from mm.spec import CAUSAL, EVERYWHERE
-from mm.visibility import visible
 
 from .attention_time import Peer, Run
 

@@ -8,11 +8,11 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm import rope
 from mm.kernels.problem import Bias, Problem
-from mm.positions import AlibiBias, BucketBias
+from mm.positions import rope
+from mm.positions.absolute import AlibiBias, BucketBias
+from mm.positions.visibility import At, along, packed
 from mm.spec import CAUSAL, EVERYWHERE, Alibi, Buckets, Rope, Sight
-from mm.visibility import At, along, packed
 
 DOCUMENTS = 512  # tokens of a packed document, on average
 

@@ -8,12 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mm.checkpoint import Weights, load
+from mm.checkpoint.files import Weights, load
 
 from ...encoders.clip import CLIP
-from ...encoders.families import open_clip as family
-from ..search.arguments import positive
-from ..train.loss import clip_loss
+from ...encoders.vision.families import open_clip as family
+from ..clip.loss import clip_loss
+from ..common.options import positive
 from ..train.optim import adamw
 from ..train.settings import Optim
 from .report import Case, cores, interleave, report

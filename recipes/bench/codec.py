@@ -17,12 +17,12 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from mm.arrange import arrange_for_rows
 from mm.errors import InputError
-from mm.quantize import quantize
+from mm.lowbit.arrange import arrange_for_rows
+from mm.lowbit.quantize import quantize
 from mm.tree import tensors
 
-from ..search.arguments import positive
+from ..common.options import positive
 from .report import Case, interleave, report
 
 if TYPE_CHECKING:

@@ -21,16 +21,16 @@ from torch import Tensor
 
 from mm.errors import InputError
 
-from ...encoders.audio import read_sound
-from ...encoders.logmel import RATE
-from ...encoders.transcribe import transcribe
-from ..data.sounds import below
-from ..metrics import word_error_rate
-from ..quality import si_sdr, used
-from ..search.arguments import positive
-from ..search.progress import Bar
-from ..train.codec_loss import MelDistance
-from ..transcribe import load
+from ...encoders.audio.logmel import RATE
+from ...encoders.audio.spectrogram import read_sound
+from ...encoders.audio.transcribe import transcribe
+from ..codec.data import below
+from ..codec.loss import MelDistance
+from ..codec.quality import si_sdr, used
+from ..commands.transcribe import load
+from ..common.metrics import word_error_rate
+from ..common.options import positive
+from ..common.progress import Bar
 from .report import Case, report
 
 if TYPE_CHECKING:

@@ -11,13 +11,13 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from mm.arrange import arrange, arrange_for_rows
-from mm.decoder import TextDecoder
+from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.quantize import quantize
-from mm.sampling import Sampling
+from mm.lowbit.arrange import arrange, arrange_for_rows
+from mm.lowbit.quantize import quantize
+from mm.text.decoder import TextDecoder
 
-from ..search.arguments import positive
+from ..common.options import positive
 from .report import Case, cores, in_turns, report
 
 PACKAGES = ("torch", "transformers")

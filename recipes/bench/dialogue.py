@@ -17,21 +17,21 @@ from typing import Any
 
 import torch
 
-from mm.checkpoint import replacing
-from mm.dialogue import AUDIO, TEXT
+from mm.checkpoint.files import replacing
+from mm.decode.sampling import GREEDY
 from mm.errors import InputError
-from mm.sampling import GREEDY
+from mm.speech.dialogue import AUDIO, TEXT
 
-from ..answers import SOON, Answer, Dialogue, figures, hear, observed
+from ..commands.talk import MODEL
+from ..commands.transcribe import load
+from ..common.options import device_option, positive
+from ..common.progress import Bar
 from ..data.dialogues import read_manifest
-from ..data.recordings import LEFT, Recording, recording
 from ..data.sampler import generator
-from ..search.arguments import device_option, positive
-from ..search.progress import Bar
-from ..talk.command import MODEL
+from ..duplex.answers import SOON, Answer, Dialogue, figures, hear, observed
+from ..duplex.recordings import LEFT, Recording, recording
 from ..talk.partner import Partner
 from ..talk.replies import Manner, Reply, recorded, replies
-from ..transcribe import load
 from .report import Case, report
 
 PACKAGES = ("torch", "soundfile")

@@ -15,16 +15,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from mm.arrange import arrange
-from mm.duplex import DuplexLM
 from mm.errors import InputError
+from mm.lowbit.arrange import arrange
+from mm.speech.duplex import DuplexLM
 
-from ..search.arguments import positive
+from ..commands.talk import MODEL
+from ..common.options import positive
+from ..duplex.loss import losses
+from ..duplex.settings import DuplexLoss
 from ..talk.capacity import step_seconds
-from ..talk.command import MODEL
 from ..talk.partner import Partner
-from ..train.duplex_loss import losses
-from ..train.duplex_settings import DuplexLoss
 from .loss import peak
 from .report import Case, cores, interleave, report
 

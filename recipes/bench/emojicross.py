@@ -5,9 +5,9 @@ from __future__ import annotations
 import argparse
 from typing import Any
 
+from ..commands.evaluate import Meter, open_source
+from ..common.options import device_option
 from ..data.emojicross import emojicross as read_emojicross
-from ..evaluate import Meter, open_source
-from ..search.arguments import device_option
 from ..search.embed import Embedder
 from ..weights import emoji_clip
 from .floors import floors

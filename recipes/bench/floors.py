@@ -14,8 +14,8 @@ from collections.abc import Sequence
 import numpy as np
 from PIL import Image
 
+from ..common.metrics import recall, retrieval
 from ..data.emojicross import TRAIN_STYLES, EmojiSet
-from ..metrics import recall, retrieval
 
 SIDE = 24  # pixels
 PENALTIES = (1.0, 10.0, 30.0)

@@ -10,13 +10,13 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mm.checkpoint import Weights, load
+from mm.checkpoint.files import Weights, load
 
 from ...encoders.clip import CLIP
-from ...encoders.families import open_clip as family
-from ..search.arguments import positive
-from ..train.gradcache import in_chunks
-from ..train.loss import clip_loss
+from ...encoders.vision.families import open_clip as family
+from ..clip.gradcache import in_chunks
+from ..clip.loss import clip_loss
+from ..common.options import positive
 from .report import Case, cores, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")

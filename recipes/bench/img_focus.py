@@ -18,10 +18,10 @@ from torch import Tensor
 from mm.spec import LayerNorm
 
 from ...encoders import spec
-from ...encoders.families.common import encoder
-from ...encoders.image import Preprocess
-from ...encoders.preprocess_files import IMAGENET_MEAN, IMAGENET_STD
-from ...encoders.vit import ViT
+from ...encoders.vision.families.common import encoder
+from ...encoders.vision.image import Preprocess
+from ...encoders.vision.preprocess_files import IMAGENET_MEAN, IMAGENET_STD
+from ...encoders.vision.vit import ViT
 
 DIM, DEPTH, HEADS, PATCH, TABLE = 384, 12, 6, 14, 518  # of the graph; TABLE is the picture side of its positions
 PREFIX = "backbone."

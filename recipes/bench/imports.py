@@ -7,7 +7,7 @@ import statistics
 import subprocess
 import sys
 
-from ..search.arguments import positive
+from ..common.options import positive
 from .report import Case, report
 
 MODULES = ("mm", "mm.encoders.clip")

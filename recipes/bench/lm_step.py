@@ -9,11 +9,11 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from mm.decoder import TextDecoder
 from mm.errors import InputError
+from mm.text.decoder import TextDecoder
 
-from ..search.arguments import positive
-from ..train.lm_loss import decoder_loss
+from ..common.options import positive
+from ..lm.loss import decoder_loss
 from .loss import peak
 from .report import Case, cores, interleave, report
 

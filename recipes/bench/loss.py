@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..search.arguments import positive
-from ..train.loss import clip_loss, siglip_loss
+from ..clip.loss import clip_loss, siglip_loss
+from ..common.options import positive
 from .report import Case, cores, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")

@@ -11,13 +11,13 @@ from pathlib import Path
 from torch import Tensor, nn
 
 from ...encoders.clip import CLIP
-from ..data.module import PairsModule
-from ..data.pairs import read_pairs
-from ..evaluate import Meter, open_source
+from ..clip.data import PairsModule
+from ..clip.fit import model_input, starting_model
+from ..clip.module import ClipRecipe
+from ..clip.pairs import read_pairs
+from ..commands.evaluate import Meter, open_source
+from ..commands.train import parse
 from ..search.embed import Embedder
-from ..train.clip import ClipRecipe
-from ..train.command import parse
-from ..train.fit_clip import model_input, starting_model
 from ..train.launch import lightning_trainer, quiet
 from ..train.run import LAST
 from ..train.settings import ClipJob, Shape

@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
-from mm.decoder import TextDecoder
 from mm.errors import InputError
-from mm.quantize import quantize
-from mm.tokenizer import Tokenizer
+from mm.lowbit.quantize import quantize
+from mm.text.decoder import TextDecoder
+from mm.tokenizer.tokenizer import Tokenizer
 
+from ..common.options import positive
+from ..common.packaged import packaged
+from ..common.progress import Bar
 from ..data.corpus import open_corpus
-from ..packaged import packaged
-from ..search.arguments import positive
-from ..search.progress import Bar
 from .report import Case, report
 
 PACKAGES = ("torch",)

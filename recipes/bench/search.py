@@ -12,8 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
-from ..search.arguments import positive
-from ..search.progress import Bar
+from ..common.options import positive
+from ..common.progress import Bar
 from ..search.table import Index, Row
 from .report import Case, interleave, report
 

@@ -20,9 +20,9 @@ import numpy as np
 
 from mm.errors import InputError
 
-from ..search.arguments import positive
+from ..commands.talk import MODEL
+from ..common.options import positive
 from ..talk import protocol
-from ..talk.command import MODEL
 from ..talk.sound import OggOpus
 from .report import Case, report
 
@@ -74,8 +74,8 @@ def spoken(args: argparse.Namespace) -> list[np.ndarray]:
 
 def listed(path: Path) -> tuple[list[Path], bool]:
     """Sound files, and whether they are dialogues. Raises InputError where there are none."""
+    from ..codec.data import below
     from ..data.dialogues import read_manifest
-    from ..data.sounds import below
 
     if path.suffix == ".jsonl":
         return [entry.sound for entry in read_manifest(path) if entry.sound is not None], True
@@ -97,13 +97,13 @@ def random_model(folder: Path) -> str:
     import torch
 
     from mm import DuplexLM
-    from mm.tokenizer import load_tokenizer
+    from mm.tokenizer.tokenizer import load_tokenizer
 
     from ...codecs.mimi import Mimi
     from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
+    from ..duplex.fit import new_spec
+    from ..duplex.settings import DuplexShape
     from ..talk.codec_of import CODEC
-    from ..train.duplex_settings import DuplexShape
-    from ..train.fit_duplex import new_spec
     from ..weights import stories260k
 
     torch.manual_seed(0)

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from mm.errors import InputError
 
-from ...encoders.vit import ViT
-from ..search.arguments import positive
+from ...encoders.vision.vit import ViT
+from ..common.options import positive
 from .report import Case, Timing, cores, interleave, report
 
 SIZE = 224

@@ -12,12 +12,12 @@ from torch import Tensor
 
 from mm.errors import InputError
 
-from ...encoders.audio import read_sound
-from ...encoders.logmel import RATE
-from ...encoders.transcribe import Settings, transcribe
-from ..metrics import word_error_rate
-from ..search.arguments import positive
-from ..transcribe import load
+from ...encoders.audio.logmel import RATE
+from ...encoders.audio.spectrogram import read_sound
+from ...encoders.audio.transcribe import Settings, transcribe
+from ..commands.transcribe import load
+from ..common.metrics import word_error_rate
+from ..common.options import positive
 from .report import Case, interleave, report
 
 PACKAGES = ("torch", "openai-whisper")
@@ -40,7 +40,7 @@ def whisper(argv: list[str]) -> int:
 def measure(args: argparse.Namespace) -> list[Case]:
     import whisper as peer
 
-    from ..transcribe import installed
+    from ..commands.transcribe import installed
 
     path = args.model or installed()
     ours, theirs = load(str(path), "cpu"), peer.load_model(str(path), device="cpu")

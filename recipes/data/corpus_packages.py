@@ -9,7 +9,7 @@ from typing import IO
 
 from mm.errors import InputError
 
-from ..packaged import packaged
+from ..common.packaged import packaged
 from .corpus import Corpus, Document
 from .text_files import Lines, units
 

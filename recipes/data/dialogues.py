@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 import torch
 
-from mm.checkpoint import read_json, replacing
+from mm.checkpoint.files import read_json, replacing
 from mm.errors import InputError
 from mm.spec import Choice, Conditioning, DuplexSpec
 
 from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
-from ..search.progress import Bar
+from ..common.progress import Bar
 from ..weights import shipped
 from .pool import spread
 from .sampler import generator

@@ -10,9 +10,9 @@ from typing import Any, Literal
 
 import numpy as np
 
-from mm.checkpoint import read_json
+from mm.checkpoint.files import read_json
 from mm.errors import InputError
-from mm.tokenizer import Tokenizer
+from mm.tokenizer.tokenizer import Tokenizer
 
 MAIN = "SPEAKER_MAIN"
 

@@ -13,11 +13,11 @@ import numpy as np
 
 from mm.errors import InputError
 
+from ..common.progress import Bar
 from ..data.emojicross import cache_dir, demo_pictures
 from ..search.embed import Embedder
 from ..search.index import open_or_create, refresh
 from ..search.pictures import walk
-from ..search.progress import Bar
 from ..search.query import image_vector, text_vector
 from ..search.table import Index, Match
 

@@ -15,11 +15,11 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .arguments import choose_device, device_option, positive
+from ..common.files import Walk, batches, read_ahead, read_bytes
+from ..common.options import choose_device, device_option, positive
+from ..common.progress import Bar
 from .embed import MODEL, Embedder
-from .files import Walk, batches, read_ahead, read_bytes
 from .pictures import decode, walk
-from .progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -119,7 +119,7 @@ def trained(args: argparse.Namespace) -> Judge:
     import torch
 
     from ...encoders.any import open_model
-    from ...encoders.vit import ViT
+    from ...encoders.vision.vit import ViT
 
     device = choose_device(args.device)
     vit = open_model(args.model, torch.float32, device)

@@ -11,7 +11,7 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .arguments import choose_device
+from ..common.options import choose_device
 from .pictures import decode
 from .pictures import walk as walk_pictures
 from .texts import LONGEST, passages
@@ -20,7 +20,7 @@ from .texts import walk as walk_texts
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from mm.encoder import TextEncoder
+    from mm.text.encoder import TextEncoder
 
     from ...encoders.clip import CLIP
 
@@ -100,7 +100,7 @@ class SentenceEmbedder:
         """As `Embedder.load`."""
         import torch
 
-        from mm.encoder import TextEncoder
+        from mm.text.encoder import TextEncoder
 
         name = full_name(name)
         return cls(TextEncoder.from_pretrained(name, torch.float32, choose_device(device)), name)
@@ -130,7 +130,7 @@ def load_embedder(name: str | Path, device: str | None = None) -> Embedder | Sen
 
 
 def is_text_encoder(name: str | Path) -> bool:
-    from mm.families import FAMILIES
+    from mm.text.families import FAMILIES
 
     return FAMILIES.kind_of(FAMILIES.resolve(full_name(name))) == "encoder"
 

@@ -14,10 +14,10 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .arguments import device_option, positive
+from ..common.files import FoundFile, Walk, batches, read_ahead, read_bytes
+from ..common.options import device_option, positive
+from ..common.progress import Bar
 from .embed import MODEL, Embedder, Piece, SentenceEmbedder, load_embedder
-from .files import FoundFile, Walk, batches, read_ahead, read_bytes
-from .progress import Bar
 from .table import Index, Row
 
 TOUCHES = 1000  # paths with a new time but the same content, per commit

@@ -6,9 +6,9 @@ import io
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common import files
+from ..common.files import PictureFile, Walk
 from ..data.pictures import ENDINGS
-from . import files
-from .files import PictureFile, Walk
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -28,7 +28,7 @@ def captioned(file: Path, names: set[str], **about: Any) -> PictureFile:
 
 def decode(data: bytes, name: str) -> Image.Image:
     """The bytes of a picture as upright RGB. Raises InputError that starts with `name`."""
-    from ...encoders.image import read_image
+    from ...encoders.vision.image import read_image
 
     stream = io.BytesIO(data)
     stream.name = name

@@ -11,9 +11,9 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .arguments import device_option, positive
+from ..common.files import read_bytes
+from ..common.options import device_option, positive
 from .embed import Embedder, SentenceEmbedder, load_embedder
-from .files import read_bytes
 from .gallery import Section, Shown, write_gallery
 from .short import nearest_short
 from .table import Index, Match

@@ -11,9 +11,9 @@ from typing import Any
 
 from mm.errors import InputError
 
+from ..common import files
+from ..common.files import FoundFile, Walk
 from ..data.corpus import content
-from . import files
-from .files import FoundFile, Walk
 
 ENDINGS = (".txt", ".md", ".markdown", ".rst", ".jsonl")
 LONGEST = 160  # tokens of a passage, or as many as the model reads

@@ -12,7 +12,7 @@ from ...codecs.families import FAMILIES as CODECS
 from ..weights import SHIPPED, shipped
 
 if TYPE_CHECKING:
-    from mm.duplex import DuplexLM
+    from mm.speech.duplex import DuplexLM
 
     from ...codecs.file import Header
     from ...codecs.mimi import Mimi

@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.dialogue import UNKNOWN, Hooks
-from mm.graph import Replay
+from mm.nn.graph import Replay
+from mm.speech.dialogue import UNKNOWN, Hooks
 
 from .partner import Partner
 from .taste import Taste
@@ -101,7 +101,7 @@ class Dialogues:
     @torch.no_grad()
     def go(self) -> tuple[Tensor, Tensor, Tensor]:
         """One step of the rows that go on: waves (B, 1, frame), tokens (B,), and whether a row spoke (B,). The frame
-        given to a conversation's first step is not read (`mm.dialogue`), nor encoded: the codec begins with the
+        given to a conversation's first step is not read (`mm.speech.dialogue`), nor encoded: the codec begins with the
         second."""
         p = self.partner
         hears = self.rows & (self.lm.offset > 0)

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mm.stop import TextStream
+from mm.decode.stop import TextStream
 
 from .dialogues import Dialogues
 from .metrics import Metrics

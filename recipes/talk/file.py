@@ -10,11 +10,11 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.stop import TextStream
+from mm.decode.stop import TextStream
 
 from ...codecs.framing import Framer
 from ...codecs.sound import new_sound, open_sound
-from ..search.progress import Bar
+from ..common.progress import Bar
 from .dialogues import Dialogues
 from .partner import Partner
 

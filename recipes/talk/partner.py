@@ -6,11 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.sampling import Sampling
 from mm.spec import Choice
 
-from ..search.arguments import choose_device
+from ..common.options import choose_device
 from ..weights import shipped
 from .codec_of import Note, codec_of
 from .wishes import Wishes
@@ -18,7 +18,7 @@ from .wishes import Wishes
 if TYPE_CHECKING:
     import torch
 
-    from mm.duplex import DuplexLM
+    from mm.speech.duplex import DuplexLM
 
     from ...codecs.mimi import Mimi
 
@@ -76,8 +76,8 @@ class Partner:
 
     def arrange(self, rows: int) -> None:
         """On a CPU, weights in the order in which a step of so many conversations is fastest."""
-        from mm.arrange import arrange, arrange_for_rows
-        from mm.linear import ONEDNN
+        from mm.lowbit.arrange import arrange, arrange_for_rows
+        from mm.nn.linear import ONEDNN
 
         if self.device.type == "cpu" and rows == 1:
             arrange(self.model)

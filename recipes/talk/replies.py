@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.sampling import GREEDY, Sampling
+from mm.decode.sampling import GREEDY, Sampling
 
 from ..data.dialogues import CHUNK, encoded
 from .partner import Partner

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.sampling import penalise
+from mm.decode.sampling import penalise
+from mm.nn.state import State
 from mm.spec import TextStream
-from mm.state import State
 from mm.tree import register
 
 from .wishes import CONTEXT, Wishes

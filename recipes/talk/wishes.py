@@ -8,9 +8,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from mm.dialogue import AUDIO, TEXT
+from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.sampling import Sampling
+from mm.speech.dialogue import AUDIO, TEXT
 
 FORMATS = ("opus", "pcm")
 CONTEXT = 64  # text tokens that a repetition penalty looks back at, and at most so many

@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .loss import siglip_loss
+from ..clip.loss import siglip_loss
 
 
 class Passed(torch.autograd.Function):

@@ -16,7 +16,7 @@ import torch
 from lightning.pytorch.strategies import ModelParallelStrategy
 from torch import nn
 
-from mm.schema import require
+from mm.spec.schema import require
 
 from ..bench.report import machine
 from .run import WholeFiles, begin

@@ -12,8 +12,8 @@ from torch.distributed.tensor import DTensor, Partial, Replicate, Shard, distrib
 from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
 
 from mm import spec
-from mm.linear import FusedLinear, linear
-from mm.schema import require
+from mm.nn.linear import FusedLinear, linear
+from mm.spec.schema import require
 
 COLUMN, ROW, SUM = "column", "row", "sum"  # SUM: whole everywhere, with gradients to be added up
 PLAN = {"mixer.qkv": COLUMN, "mixer.q_norm": SUM, "mixer.k_norm": SUM, "mixer.out": ROW,

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from lightning.pytorch.plugins.io import TorchCheckpointIO
 
-from mm.checkpoint import read_json, replacing, write_json
+from mm.checkpoint.files import read_json, replacing, write_json
 from mm.errors import InputError
 
 SETTINGS, LAST = "settings.json", "last.ckpt"

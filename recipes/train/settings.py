@@ -7,7 +7,7 @@ from typing import Literal
 
 from mm.errors import InputError
 
-from ..data.settings import Augment, Data
+from ..clip.data_settings import Augment, Data
 
 
 @dataclass(frozen=True, kw_only=True)

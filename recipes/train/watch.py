@@ -18,8 +18,8 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mm.errors import InputError
 
-from ..data.module import Batch, Note
-from ..search.progress import Bar
+from ..clip.data import Batch, Note
+from ..common.progress import Bar
 from .curves import plot
 from .run import LAST, CsvLog
 from .settings import Trainer

@@ -9,17 +9,8 @@ from PIL import Image
 from support import redraw
 
 from mm.encoders import CLIP, ViT
-from mm.encoders.image import Preprocess
-from mm.encoders.spec import (
-    CLIPSpec,
-    FlattenPool,
-    Head,
-    Patches,
-    Projection,
-    TextSpec,
-    TokenPool,
-    ViTSpec,
-)
+from mm.encoders.spec import CLIPSpec, FlattenPool, Head, Patches, Projection, TextSpec, TokenPool, ViTSpec
+from mm.encoders.vision.image import Preprocess
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
 

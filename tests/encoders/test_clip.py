@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, AutoTokenizer
 
 from mm.encoders import CLIP
-from mm.encoders.families import FAMILIES
+from mm.encoders.vision.families import FAMILIES
 from mm.errors import InputError
-from mm.tokenizer import train_bpe
+from mm.tokenizer.tokenizer import train_bpe
 
 CONFIG = "open_clip_config.json"
 WORDS = ["a red square", "a blue circle", "two green triangles", "a red circle and a blue square"]

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from support import close, redraw
 
 from mm.encoders import CLIP, ViT
-from mm.encoders.families import open_clip_timm
 from mm.encoders.spec import Backbone, TokenPool, ViTSpec
+from mm.encoders.vision.families import open_clip_timm
 from mm.errors import InputError
 
 TEXT = {"context_length": 16, "vocab_size": 512, "width": 32, "heads": 4, "layers": 2, "mlp_ratio": 2.0}

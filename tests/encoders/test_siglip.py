@@ -10,9 +10,9 @@ from PIL import Image
 from support import close, redraw
 
 from mm.encoders import CLIP
-from mm.encoders.flex import FlexPreprocess, flex_batch
+from mm.encoders.vision.flex import FlexPreprocess, flex_batch
 from mm.errors import InputError
-from mm.tokenizer import load_tokenizer
+from mm.tokenizer.tokenizer import load_tokenizer
 
 transformers = pytest.importorskip("transformers")
 
@@ -91,7 +91,7 @@ def test_it_starts_as_the_paper_says_where_transformers_starts_at_zero():
 
 
 def spec_of(kind):
-    from mm.encoders.families.hf_siglip import to_spec
+    from mm.encoders.vision.families.hf_siglip import to_spec
 
     return to_spec(json.loads(json.dumps(build(kind).config.to_dict())), "test")
 

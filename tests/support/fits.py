@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import torch
 
-from mm.recipes.train.fit_lm import fit
-from mm.recipes.train.lm_settings import LmJob
+from mm.recipes.lm.fit import fit
+from mm.recipes.lm.settings import LmJob
 
 WORLD = 2
 

@@ -10,8 +10,8 @@ from torch.distributed.nn.functional import all_gather
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from mm.recipes.clip.loss import clip_loss, siglip_loss
 from mm.recipes.train.gather import mean_over_processes, siglip_ring
-from mm.recipes.train.loss import clip_loss, siglip_loss
 
 WORLD, ROWS = 2, 12
 

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 import torch
 from torch import Tensor, nn
 
+from mm.nn.transformer import Transformer
 from mm.spec import Attention, Layer, Mlp, Stack
-from mm.transformer import Transformer
 
 Parts = str | tuple[str, ...]
 

@@ -25,7 +25,7 @@ from mm.recipes.talk import protocol, sound
 from mm.recipes.talk.limits import Limits
 from mm.recipes.talk.partner import Partner
 from mm.recipes.talk.server import Address, Server
-from mm.tokenizer import load_tokenizer
+from mm.tokenizer.tokenizer import load_tokenizer
 
 WORDS = 40
 FRAME, RATE = 1920, 24000

@@ -4,9 +4,9 @@ import os
 
 import torch
 
-from mm.recipes.train.codec_settings import CodecJob
-from mm.recipes.train.command import parse
-from mm.recipes.train.fit_codec import fit
+from mm.recipes.codec.fit import fit
+from mm.recipes.codec.settings import CodecJob
+from mm.recipes.commands.train import parse
 
 
 def process(rank: int, port: int, argv: list[str]) -> None:

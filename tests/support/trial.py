@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mm.recipes.train.command import KINDS, imported, parse
+from mm.recipes.commands.train import KINDS, imported, parse
 
 
 class Trial:

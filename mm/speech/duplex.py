@@ -1,0 +1,209 @@
+"""The duplex model: it hears and speaks at once, as streams of codes, and writes what it says as text.
+
+Moshi, Défossez et al., 2024. A temporal stack reads one frame of all streams a step; from what it makes of it come the
+next token of text and, one after the other by a depth transformer, the next codes of the model's own voice.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Literal, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from mm import spec
+from mm.checkpoint.pretrained import Pretrained
+from mm.decode.sampling import GREEDY, Sampling, controls
+from mm.errors import InputError
+from mm.nn.linear import Linear
+from mm.nn.memory import Memory
+from mm.nn.state import StackState
+from mm.nn.transformer import Transformer
+from mm.positions.visibility import At, packed
+from mm.spec import schema
+from mm.speech.conditions import Conditioned, Conditions, Value
+from mm.speech.depth import DepthDecoder
+from mm.speech.dialogue import NO_HOOKS, DuplexState, Frame, Guidance, Hooks, prompt, step
+from mm.speech.families.duplex import FAMILIES
+from mm.speech.streams import NONE, CodeTables, TextTable, aligned, delayed
+
+
+class Logits(NamedTuple):
+    """text (B, T, V), audio (B, own, T, card): of each frame's own tokens, NaN where a frame ends before its delay."""
+
+    text: Tensor
+    audio: Tensor
+
+
+class Frames(NamedTuple):
+    """Streams by step, (B, 1 + Q, T): `inputs` are what the temporal stack reads, `targets` what it is to write in the
+    same step, and `known` (bool) says where that is a token of the sequence. Step s holds, of a stream with delay d,
+    frame s - d as its target and frame s - d - 1 as its input."""
+
+    inputs: Tensor
+    targets: Tensor
+    known: Tensor
+
+
+class DuplexLM(Pretrained):
+    """codes (B, 1 + Q, T), text first, then the model's own codebooks, then those it hears -> `Logits`, aligned with
+    the codes."""
+
+    kind, families = "duplex", FAMILIES
+
+    def __init__(self, settings: spec.DuplexSpec):
+        super().__init__()
+        s, dim = settings, settings.stack.dim
+        self.spec = s
+        self.text, self.codes = TextTable(s.text, dim), CodeTables(s.codebooks, s.card + 1, dim)
+        self.stack = Transformer(s.stack)
+        self.head = Linear(dim, s.text.outputs or s.text.vocab, bias=s.head_bias)
+        self.extra = nn.ModuleList(Linear(dim, size, bias=False) for size in s.extra)
+        self.depth = DepthDecoder(s) if s.depth else None
+        self.conditions = Conditions(s.conditioning, dim) if s.conditioning else None
+        self.fingerprint_of_spec = schema.fingerprint(s)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Projections of the heads begin with a std of D^-0.5, as the rest by its own rules."""
+        for part in (self.head, *self.extra):
+            nn.init.normal_(part.weight, std=part.weight.shape[1] ** -0.5)
+
+    @property
+    def initial(self) -> tuple[int, ...]:
+        """What stands before the first token of each stream."""
+        return (self.spec.text.vocab, *[self.spec.card] * self.spec.codebooks)
+
+    def condition(self, values: Mapping[str, Value] | None = None, batch: int = 1) -> Conditioned:
+        """Values by name, one a row, as `forward` and `init_state` take them. Raises InputError."""
+        if self.conditions is None:
+            if values:
+                raise InputError(f"this model knows no conditions, not {next(iter(values))!r}")
+            return Conditioned()
+        return self.conditions(values or {}, batch)
+
+    def frames(self, codes: Tensor, documents: Tensor | None = None) -> Frames:
+        """What is read and what is to be written, step by step; documents (B, T): ids of packed conversations, -1 for
+        padding."""
+        later = tuple(delay + 1 for delay in self.spec.delays)
+        inputs, _ = delayed(codes, later, self.initial, documents)
+        targets, known = delayed(codes, self.spec.delays, self.initial, documents)
+        if documents is not None:
+            known = known & (documents >= 0).unsqueeze(1)
+        return Frames(inputs, targets, known & (targets != NONE))
+
+    def forward(self, codes: Tensor, conditions: Conditioned | None = None, *,
+                documents: Tensor | None = None) -> Logits:
+        """Logits of every frame from those before it. Raises InputError on wrong shapes; values are not read."""
+        self.check(codes, documents)
+        frames = self.frames(codes, documents)
+        hidden = self.hidden(frames.inputs, conditions, documents=documents)
+        text, there = aligned(self.head(hidden).unsqueeze(0), self.spec.delays[:1], documents)
+        text = text if there is None else text.masked_fill(~there.transpose(0, 1).unsqueeze(-1), torch.nan)
+        if self.depth is None:
+            return Logits(text[0], text.new_zeros(len(codes), 0, codes.shape[2], self.spec.card))
+        own = self.spec.own
+        deep, there = aligned(self.depth.hidden(hidden, frames.targets[:, :1 + own]), self.spec.delays[1:1 + own],
+                              documents)
+        audio = self.depth.logits(deep).transpose(0, 1)
+        return Logits(text[0], audio if there is None else audio.masked_fill(~there.unsqueeze(-1), torch.nan))
+
+    def embed(self, inputs: Tensor) -> Tensor:
+        """inputs (B, 1 + Q, T) -> (B, T, D)."""
+        text, end = inputs[:, 0], self.spec.text.end
+        text = text if end is None else text.masked_fill(text == end, self.spec.text.padding)
+        return self.codes(inputs[:, 1:]) + self.text(text)
+
+    def hidden(self, inputs: Tensor, conditions: Conditioned | None = None, *, documents: Tensor | None = None,
+               state: StackState | None = None, rows: Tensor | None = None,
+               memory: Tensor | Memory | None = None) -> Tensor:
+        """Streams as they are read, (B, 1 + Q, T) -> (B, T, D) after the final norm. In a stream, `memory` is what
+        cross-attention reads, remembered, and what stands before the frames was read when the state was made."""
+        if conditions is None:
+            conditions = Conditioned() if self.conditions is None else self.condition(None, len(inputs))
+        x, before = self.embed(inputs), 0
+        if conditions.before is not None and state is None:
+            if documents is not None:
+                raise InputError("conversations cannot be packed with conditions that stand before the frames")
+            before = conditions.before.shape[1]
+            x = torch.cat([conditions.before.to(x.dtype), x], 1)
+        x = x if conditions.added is None else x + conditions.added.to(x.dtype)
+        at: At | None = None if documents is None else packed(documents)
+        if memory is None and conditions.cross is not None:
+            memory = conditions.cross.to(x.dtype)
+        return self.stack(x, at, state=state, rows=rows, memory=memory)[:, before:]
+
+    # ------------------------------------------------------------------------------------- sessions
+    def init_state(self, batch: int, *, conditions: Mapping[str, Value] | None = None, text: Sampling = GREEDY,
+                   audio: Sampling = GREEDY, guidance: Guidance | None = None, length: int | None = None,
+                   chunk: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
+                   cache: Literal["full", "int8"] = "full", sinks: int = 0) -> DuplexState:
+        """`batch` sessions that have not begun. conditions: values by name, one a session. text, audio: how tokens are
+        chosen (`mm.speech.dialogue.TEXT` and `AUDIO` are the official settings). length: frames that a session remembers where
+        a layer has no window (default: the context); chunk: the most frames that a prompt is read in at once; sinks:
+        the first so many frames stay in sight, in place of a window's oldest (`Sight.first`). Raises InputError."""
+        rows, s = batch * (1 if guidance is None else 2), self.spec
+        device = torch.device(device or self.text.weight.device)
+        windows = [spec.attention(layer).sight.left for layer in s.stack.layers]
+        most = None if None not in windows else max(length or s.context, *(chunk + (left or 0) for left in windows))
+        stack = self.stack.init_state(rows, length=most, chunk=chunk, dtype=dtype, device=device, cache=cache,
+                                      first=sinks)
+        tokens = torch.zeros(rows, 1 + s.codebooks, s.lag + 3, dtype=torch.long, device=device)
+        state = DuplexState(torch.zeros(rows, dtype=torch.long, device=device), tokens, stack, None, None,
+                            controls([text] * rows, device), controls([audio] * rows, device), s.delays, guidance,
+                            self.fingerprint_of_spec)
+        if self.conditions is not None or conditions:
+            self.begin(state, conditions)
+        return state
+
+    @torch.no_grad()
+    def begin(self, state: DuplexState, conditions: Mapping[str, Value] | None = None,
+              rows: Tensor | None = None) -> None:
+        """New sessions in all rows, or in those of rows (B,) bool, with their conditions: values by name, one for each
+        of the B sessions. What cross-attention reads may not be longer than when the state was made."""
+        batch = len(state.offset) // state.twice
+        state.reset(state.rows(rows))
+        if self.conditions is None and not conditions:
+            return
+        values = {name: [one for value in held for one in (value, None)[:state.twice]]
+                  for name, held in (conditions or {}).items()}
+        made = self.condition(values, batch * state.twice)
+        chosen = torch.ones_like(state.offset, dtype=torch.bool) if rows is None else state.rows(rows)
+        if made.added is not None and state.added is None:
+            state.added = made.added
+        elif made.added is not None:  # where it lies: a captured step reads it there
+            state.added.copy_(torch.where(chosen[:, None, None], made.added, state.added))
+        if made.cross is not None:
+            memory = self.stack.remember(made.cross.to(self.text.weight.dtype))
+            if state.memory is None:
+                state.memory = replace(memory, at=At(memory.at.position.clone()))
+            else:
+                for row in chosen.nonzero().flatten().tolist():
+                    state.memory.insert(row, memory.select(torch.tensor([row])))
+        if made.before is not None:
+            x = made.before if made.added is None else made.before + made.added
+            self.stack(x.to(self.text.weight.dtype), state=state.stack, rows=chosen, memory=state.memory)
+
+    def step(self, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None, given: Tensor | None = None,
+             hooks: Hooks = NO_HOOKS) -> Frame:
+        """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`mm.speech.dialogue`
+        says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
+        this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state, and on a
+        CPU where tokens, heard or given, are none of the model's."""
+        return step(self, heard, state, rows, given, hooks)
+
+    def prompt(self, own: Tensor, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None) -> None:
+        """What was said, (B, 1 + own, T), and heard, (B, heard, T), before sessions go on: as T steps that are given
+        these, aligned by frame. A text prompt is tokens over silent codes, a voice prompt codes under padding. The
+        last frames' delayed codes are left to the model."""
+        prompt(self, own, heard, state, rows)
+
+    # ------------------------------------------------------------------------------------- checks
+    def check(self, codes: Tensor, documents: Tensor | None) -> None:
+        streams = 1 + self.spec.codebooks
+        if codes.ndim != 3 or codes.shape[1] != streams or not codes.shape[2] or codes.is_floating_point():
+            raise InputError(f"codes should be integers (B, {streams}, T), not {codes.dtype} {tuple(codes.shape)}")
+        if documents is not None and documents.shape != codes[:, 0].shape:
+            raise InputError(f"documents {tuple(documents.shape)} do not fit codes {tuple(codes.shape)}")

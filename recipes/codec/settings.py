@@ -1,0 +1,113 @@
+"""What can be set about the training of a codec, as plain dataclasses that import nothing heavy."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from mm.errors import InputError
+
+from ...codecs.spec import Learning
+from ..train.settings import Export, Optim, Trainer
+from .data_settings import SoundData
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecShape:
+    """A Mimi to be trained from scratch; the default is the published size, with 8 codebooks.
+
+    rate: in Hz. filters: channels of the convolutions at that rate, doubled at every stride. ratios: the decoder's
+    strides in order. width, depth, heads, hidden: of the transformers on either side. window: steps that they see, of
+    which there are `stride` in a frame. codebooks, the first of them semantic, of `size` entries of `dim` numbers.
+    """
+
+    rate: int = 24000
+    filters: int = 64
+    ratios: tuple[int, ...] = (8, 6, 5, 4)
+    width: int = 512
+    depth: int = 8
+    heads: int = 8
+    hidden: int = 2048
+    window: int = 250
+    stride: int = 2
+    codebooks: int = 8
+    size: int = 2048
+    dim: int = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecLoss:
+    """What each term is multiplied by.
+
+    mel: the distance of log-mel spectrograms at several resolutions; 0 trains by the discriminators alone, as the
+    published codec was. commit: the distance of vectors to their entries. adversarial: of what the discriminators say
+    of the output (0: there are none); features: of what they see in it and in the original. adversarial_from: the step
+    at which these two begin.
+    teacher: a speech encoder whose hearing the semantic codebook should hold: a Whisper (directory, hub name, or
+    OpenAI's .pt file) or a HuBERT directory (none: no such term). semantic: its weight.
+    """
+
+    mel: float = 15.0
+    commit: float = 0.25
+    adversarial: float = 1.0
+    features: float = 2.0
+    adversarial_from: int = 0
+    teacher: str | None = None
+    semantic: float = 4.0
+
+    def __post_init__(self) -> None:
+        for name in ("mel", "commit", "adversarial", "features", "adversarial_from", "semantic"):
+            if getattr(self, name) < 0:
+                raise InputError(f"loss.{name} must not be negative, not {getattr(self, name)}")
+        if not self.mel and not self.adversarial:
+            raise InputError("loss.mel and loss.adversarial are both 0: nothing says what the output should be")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Critics:
+    """The discriminators, one for each window of `windows` samples. filters: their channels. lr: their learning rate,
+    as a share of the codec's."""
+
+    windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
+    filters: int = 32
+    lr: float = 1.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecOptim(Optim):
+    """As for every run."""
+
+    lr: float = 8e-4
+    weight_decay: float = 0.05
+    beta1: float = 0.8
+    beta2: float = 0.99
+    eps: float = 1e-8
+    warmup: int = 500
+    clip: float = 10.0
+    ema: float = 0.999
+
+
+@dataclass(frozen=True, kw_only=True)
+class CodecJob:
+    """Train a neural codec on folders of sounds.
+
+    out: the directory of the run; the same command continues what is there. model: a Mimi (directory, hub name,
+    Kyutai's file, or codec_small) to go on from, instead of a new `shape`. decoder_only: what makes codes stays as it
+    is, and with it every code; the decoder learns to say them better. books: how the codebooks learn. critics: the
+    discriminators.
+    """
+
+    data: SoundData
+    out: str = "runs/codec"
+    model: str | None = None
+    decoder_only: bool = False
+    shape: CodecShape = CodecShape()
+    books: Learning = Learning()
+    loss: CodecLoss = CodecLoss()
+    critics: Critics = Critics()
+    optim: CodecOptim = CodecOptim()
+    trainer: Trainer = Trainer()
+    export: Export = Export()
+
+    def __post_init__(self) -> None:
+        if self.decoder_only and self.model is None:
+            raise InputError("decoder_only needs a model whose codes there are")
