@@ -135,7 +135,7 @@ class Mimi(pretrained.Pretrained):
         steps = chunk * s.stride
 
         def half(chain, stack, resample, inputs, frames):
-            windows = [attention(layer).sight.left for layer in stack.stack.layers]
+            windows = [attention(layer).window.left for layer in stack.stack.layers]
             length = min(windows) + 1 if official_window else None
             held = stack.init_state(batch, length=length, chunk=steps, dtype=dtype, device=device)
             return Half(chain.init_state(batch, inputs, dtype, device), held,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 
-from mm.spec import Attention, Layer, LayerNorm, Mlp, Rope, Sight, Stack
+from mm.spec import Attention, Layer, LayerNorm, Mlp, Rope, Stack, Window
 from mm.spec.schema import require, require_rates, spec
 
 
@@ -104,7 +104,7 @@ def mimi_stack(*, dim: int = 512, depth: int = 8, heads: int = 8, hidden: int = 
                theta: float = 10000.0, eps: float = 1e-5, layer_scale: float = 0.01) -> Stack:
     """The transformer of Mimi's encoder or decoder; a step sees itself and the `window` - 1 before."""
     require(heads > 0 and dim % heads == 0, f"{heads} heads do not divide a width of {dim}")
-    mixer = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, sight=Sight(left=window - 1, right=0),
+    mixer = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, window=Window(left=window - 1, right=0),
                       rope=Rope(theta=theta, layout="interleaved"), q_bias=False, k_bias=False, v_bias=False,
                       out_bias=False)
     layer = Layer(mixer=mixer, mlp=Mlp(hidden=hidden, up_bias=False, down_bias=False), norm=LayerNorm(eps=eps),

@@ -8,24 +8,24 @@ from typing import Any
 import torch
 
 from mm.checkpoint.family import Keys
-from mm.checkpoint.tables import SAME, Rule, Table, Way, rule
+from mm.checkpoint.tables import SAME, Rule, Table, WeightTransform, rule
 from mm.errors import InputError
 
 from ..spec import MimiSpec
 
 # Theirs, then ours: (D, C, kernel), (D, kernel, C); (C, D, kernel), (kernel, D, C); (C, 1, kernel), (kernel, C);
 # (D, C, 1), (D, C).
-WINDOWS = Way(lambda xs: [xs[0].transpose(1, 2)], lambda xs: [xs[0].transpose(1, 2)])
-TURNED = Way(lambda xs: [xs[0].permute(2, 1, 0)], lambda xs: [xs[0].permute(2, 1, 0)])
-DEPTHWISE = Way(lambda xs: [xs[0][:, 0].T], lambda xs: [xs[0].T[:, None]])
-POINTWISE = Way(lambda xs: [xs[0][..., 0]], lambda xs: [xs[0][..., None]])
+WINDOWS = WeightTransform(lambda xs: [xs[0].transpose(1, 2)], lambda xs: [xs[0].transpose(1, 2)])
+TURNED = WeightTransform(lambda xs: [xs[0].permute(2, 1, 0)], lambda xs: [xs[0].permute(2, 1, 0)])
+DEPTHWISE = WeightTransform(lambda xs: [xs[0][:, 0].T], lambda xs: [xs[0].T[:, None]])
+POINTWISE = WeightTransform(lambda xs: [xs[0][..., 0]], lambda xs: [xs[0][..., None]])
 
 
 def table_of(spec: MimiSpec, n: Mapping[str, Any]) -> Table:
     """n: the names of a layout, `attention` among them: its rules for one layer, given both prefixes."""
     rules = [rule(n["downsample"], "downsample.weight", WINDOWS), rule(n["upsample"], "upsample.weight", DEPTHWISE)]
     for side, stack in (("encoder", spec.encoder), ("decoder", spec.decoder)):
-        rules += [r for theirs, ours, way in seanet(spec, side, n) for r in affine(theirs, ours, way)]
+        rules += [r for theirs, ours, transform in seanet(spec, side, n) for r in affine(theirs, ours, transform)]
         heads = stack.layers[0].mixer.heads
         rules += block(n[f"{side}_stack"] + "layers.{n}.", f"{side}_stack.blocks.{{n}}.", n, heads)
     for part in ("semantic", "acoustic"):
@@ -37,11 +37,11 @@ def table_of(spec: MimiSpec, n: Mapping[str, Any]) -> Table:
     return Table(tuple(rules))
 
 
-def affine(theirs: str, ours: str, way: Way) -> list[Rule]:
-    return [rule(f"{theirs}.weight", f"{ours}.weight", way), rule(f"{theirs}.bias", f"{ours}.bias")]
+def affine(theirs: str, ours: str, transform: WeightTransform) -> list[Rule]:
+    return [rule(f"{theirs}.weight", f"{ours}.weight", transform), rule(f"{theirs}.bias", f"{ours}.bias")]
 
 
-def seanet(spec: MimiSpec, side: str, n: Mapping[str, Any]) -> Iterator[tuple[str, str, Way]]:
+def seanet(spec: MimiSpec, side: str, n: Mapping[str, Any]) -> Iterator[tuple[str, str, WeightTransform]]:
     """(theirs, ours, way) for every convolution; their lists count activations too."""
     blocks = ["block"] * spec.seanet.residuals
     stage = [*blocks, "conv"] if side == "encoder" else ["transposed", *blocks]
@@ -61,12 +61,12 @@ def block(theirs: str, ours: str, n: Mapping[str, Any], heads: int) -> list[Rule
     names = {"mixer.out.weight": "out", "mlp.up.weight": "mlp_up", "mlp.down.weight": "mlp_down",
              "mixer_norm.{x}": "mixer_norm", "mlp_norm.{x}": "mlp_norm", "mixer_scale": "mixer_scale",
              "mlp_scale": "mlp_scale"}
-    projections, way = n["qkv"], n["qkv_way"](heads)
-    return [rule(tuple(theirs + name for name in projections), ours + "mixer.qkv.weight", way),
+    projections, transform = n["qkv"], n["qkv_way"](heads)
+    return [rule(tuple(theirs + name for name in projections), ours + "mixer.qkv.weight", transform),
             *(rule(theirs + n[name], ours + mine) for mine, name in names.items())]
 
 
-def halved(heads: int) -> Way:
+def halved(heads: int) -> WeightTransform:
     """Separate projections whose query and key rows hold rotary pairs as two halves per head; ours are interleaved."""
     def riffle(x: torch.Tensor) -> torch.Tensor:
         return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
@@ -80,10 +80,10 @@ def halved(heads: int) -> Way:
     def save(xs):
         q, k, v = xs[0].chunk(3)
         return [deal(q), deal(k), v]
-    return Way(load, save)
+    return WeightTransform(load, save)
 
 
-def together(heads: int) -> Way:
+def together(heads: int) -> WeightTransform:
     return SAME
 
 

@@ -83,7 +83,7 @@ def from_spec(spec: MimiSpec) -> dict[str, Any]:
         "intermediate_size": layer.mlp.hidden, "num_attention_heads": heads, "num_key_value_heads": heads,
         "head_dim": dim // heads, "hidden_act": "gelu", "norm_eps": layer.norm.eps,
         "rope_parameters": {"rope_type": "default", "rope_theta": layer.mixer.rope.theta},
-        "sliding_window": layer.mixer.sight.left + 1, "layer_scale_initial_scale": layer.layer_scale,
+        "sliding_window": layer.mixer.window.left + 1, "layer_scale_initial_scale": layer.layer_scale,
         "attention_bias": False}
     ensure_kept(spec, to_spec(config, "config"), "hf")
     return config

@@ -93,7 +93,7 @@ def from_spec(spec: MimiSpec) -> dict[str, Any]:
     if q.semantic != 1:
         quantizer["n_q_semantic"] = q.semantic
     stack = {"d_model": dim, "num_heads": layer.mixer.heads, "num_layers": len(spec.encoder.layers), "causal": True,
-             "layer_scale": layer.layer_scale, "context": layer.mixer.sight.left + 1, "conv_layout": True,
+             "layer_scale": layer.layer_scale, "context": layer.mixer.window.left + 1, "conv_layout": True,
              "max_period": layer.mixer.rope.theta, "gating": "none", "norm": "layer_norm",
              "positional_embedding": "rope", "dim_feedforward": layer.mlp.hidden, "input_dimension": dim,
              "output_dimensions": [dim]}

@@ -20,7 +20,7 @@ HOLES = {"n": r"(?P<n>\d+)", "x": r"(?P<x>weight|bias)", "name": r"(?P<name>.+)"
 
 
 @dataclass(frozen=True)
-class Way:
+class WeightTransform:
     """How the tensors of one rule change: `load` makes ours from theirs, `save` theirs from ours, exact inverses.
     `loose`: theirs may carry any number of dimensions of size 1."""
 
@@ -29,28 +29,28 @@ class Way:
     loose: bool = False
 
 
-SAME = Way(list, list)
-TRANSPOSED = Way(lambda xs: [xs[0].T], lambda xs: [xs[0].T])
-SCALAR = Way(lambda xs: [xs[0].reshape(())], list, loose=True)
+SAME = WeightTransform(list, list)
+TRANSPOSED = WeightTransform(lambda xs: [xs[0].T], lambda xs: [xs[0].T])
+SCALAR = WeightTransform(lambda xs: [xs[0].reshape(())], list, loose=True)
 
 
-def fused(*sizes: int) -> Way:
+def fused(*sizes: int) -> WeightTransform:
     """Several of theirs, `sizes` long in their first dimension, are one of ours (query, key and value projections)."""
-    return Way(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].split(sizes)))
+    return WeightTransform(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].split(sizes)))
 
 
-def reshaped(ours: Shape, theirs: Shape) -> Way:
-    return Way(lambda xs: [xs[0].reshape(ours)], lambda xs: [xs[0].reshape(theirs)])
+def reshaped(ours: Shape, theirs: Shape) -> WeightTransform:
+    return WeightTransform(lambda xs: [xs[0].reshape(ours)], lambda xs: [xs[0].reshape(theirs)])
 
 
-def halves(heads: int) -> Way:
+def halves(heads: int) -> WeightTransform:
     """Rows of a query or key projection from interleaved rotary pairs (theirs) to two halves per head (ours)."""
     def deal(x: Tensor) -> Tensor:
         return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
 
     def riffle(x: Tensor) -> Tensor:
         return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    return Way(lambda xs: [deal(xs[0])], lambda xs: [riffle(xs[0])])
+    return WeightTransform(lambda xs: [deal(xs[0])], lambda xs: [riffle(xs[0])])
 
 
 @dataclass(frozen=True)
@@ -59,11 +59,11 @@ class Rule:
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    way: Way = SAME
+    transform: WeightTransform = SAME
 
 
-def rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], way: Way = SAME) -> Rule:
-    return Rule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, way)
+def rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], transform: WeightTransform = SAME) -> Rule:
+    return Rule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, transform)
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class Step:
 
     theirs: tuple[str, ...]
     ours: tuple[str, ...]
-    way: Way
+    transform: WeightTransform
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ class Table:
         for step in steps:
             self.check(step, shapes, wanted, where)
         for step in steps:
-            made = zip(step.ours, step.way.load([read(name) for name in step.theirs]), strict=True)
+            made = zip(step.ours, step.transform.load([read(name) for name in step.theirs]), strict=True)
             out.update((name, cast(name, value)) for name, value in made)
         return out
 
@@ -112,7 +112,7 @@ class Table:
             raise InputError(f"the {layout} layout has no place for {listed(unplaced)}")
         out: dict[str, Tensor] = {}
         for step in steps:
-            out.update(zip(step.theirs, step.way.save([state[name] for name in step.ours]), strict=True))
+            out.update(zip(step.theirs, step.transform.save([state[name] for name in step.ours]), strict=True))
         return out
 
     def ignores(self, name: str) -> bool:
@@ -126,16 +126,16 @@ class Table:
             for found in [found for name in left if (found := first.fullmatch(name))]:
                 theirs, ours = (tuple(fill(pattern, found.groupdict()) for pattern in patterns)
                                 for patterns in (entry.theirs, entry.ours))
-                steps.append(Step(theirs, ours, entry.way))
+                steps.append(Step(theirs, ours, entry.transform))
                 for name in theirs if side == "theirs" else ours:
                     left.pop(name, None)
         return steps, list(left)
 
     def check(self, step: Step, shapes: Mapping[str, Shape], wanted: Mapping[str, Shape], where: str) -> None:
-        expected = step.way.save([torch.empty(wanted[name], device="meta") for name in step.ours])
+        expected = step.transform.save([torch.empty(wanted[name], device="meta") for name in step.ours])
         for name, tensor in zip(step.theirs, expected, strict=True):
             right, came = tuple(tensor.shape), tuple(shapes[name])
-            same = squeezed(came) == squeezed(right) if step.way.loose else came == right
+            same = squeezed(came) == squeezed(right) if step.transform.loose else came == right
             if not same:
                 raise InputError(f"{where}: {name} should have shape {right} by the config, but has {came}")
 

@@ -21,8 +21,8 @@ def choose(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[str, str]
 
     The kernel does what SDPA cannot say, and what it does better; a long plain run is left to SDPA, whose
     vendor kernels are made for it."""
-    everyone = all_visible(problem.q_at, problem.k_at, problem.sight)
-    causal = problem.aligned and problem.sight == CAUSAL and problem.k_at.prefix is None
+    everyone = all_visible(problem.q_at, problem.k_at, problem.window)
+    causal = problem.aligned and problem.window == CAUSAL and problem.k_at.prefix is None
     lacking = lacks(problem, everyone or causal)
     unable = problem_with_kernel(q, k, v, problem)
     if unable is None:
@@ -30,7 +30,7 @@ def choose(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[str, str]
             return "kernel", lacking
         if q.shape[2] <= FEW and k.shape[2] >= MANY:
             return "kernel", "few queries over many keys are split between programs"
-        if problem.q_turn is not None and max(q.shape[2], k.shape[2]) <= SHORT:
+        if problem.q_rope is not None and max(q.shape[2], k.shape[2]) <= SHORT:
             return "kernel", "a short run is rotated as it is loaded"
     if lacking is not None:
         return "tiled", f"{lacking}; {unable}"
@@ -68,13 +68,13 @@ def unsupported(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> str | None
     for name, x in (("queries", q), ("keys", k), ("values", v)):
         if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 256:
             return f"the kernel takes heads of 16, 24, ... 256 channels, and {name} have {x.shape[-1]}"
-    if problem.sight.first:
+    if problem.window.first:
         return "the kernel has no first positions that stay in sight"
     if 0 in (*q.shape, *k.shape):
         return "there is nothing to compute"
     if problem.bias is not None and not hasattr(problem.bias, "by_offset"):
         return "the kernel takes biases that are a function of distance"
-    if problem.q_turn is not None and problem.k_turn is not None and (
-            problem.q_turn.layout, problem.q_turn.cos.shape[3]) != (problem.k_turn.layout, problem.k_turn.cos.shape[3]):
+    if problem.q_rope is not None and problem.k_rope is not None and (
+            problem.q_rope.layout, problem.q_rope.cos.shape[3]) != (problem.k_rope.layout, problem.k_rope.cos.shape[3]):
         return "the kernel rotates as many channels of keys as of queries, in one layout"
     return None

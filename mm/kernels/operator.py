@@ -16,7 +16,7 @@ from mm.kernels.choice import FEW, SHORT, unsupported
 from mm.kernels.problem import ByOffset, Problem
 from mm.kernels.triton_plan import Call
 from mm.positions import rope as rotary
-from mm.positions.rope import Turn
+from mm.positions.rope import Rotation
 
 TENSORS = 16  # of the arguments
 GIVEN = ", ".join([
@@ -82,21 +82,21 @@ def arguments(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> tuple[Any, .
     """Those of `mm::attention`."""
     if (reason := unsupported(q, k, v, problem)) is not None:
         raise InputError(f"attend: {reason}")
-    q, q_turn = before(q, problem.q_turn, k.shape[2])
-    k, k_turn = before(k, problem.k_turn, q.shape[2])
+    q, q_rope = before(q, problem.q_rope, k.shape[2])
+    k, k_rope = before(k, problem.k_rope, q.shape[2])
     bias = by_offset(problem, q)
     regular = problem.q_at.regular and problem.k_at.regular and problem.k_at.prefix is None
-    turns = [None if turn is None else dense(getattr(turn, name)) for turn in (q_turn, k_turn)
+    rotations = [None if rotation is None else dense(getattr(rotation, name)) for rotation in (q_rope, k_rope)
              for name in ("cos", "sin")]
-    interleaved = any(turn is not None and turn.layout == "interleaved" for turn in (q_turn, k_turn))
+    interleaved = any(rotation is not None and rotation.layout == "interleaved" for rotation in (q_rope, k_rope))
     seed = torch.randint(2**31 - 1, (1,), device=q.device) if problem.dropout else None
-    sight = (-1 if far is None else far for far in (problem.sight.left, problem.sight.right, problem.sight.chunk))
+    window = (-1 if far is None else far for far in (problem.window.left, problem.window.right, problem.window.chunk))
     sinks = None if problem.sinks is None else problem.sinks.contiguous()
     tensors = (dense(q), dense(k), dense(v), sinks, bias.weight, bias.buckets, seed,
-               *([None] * 5 if regular else lines(problem)), *turns)
+               *([None] * 5 if regular else lines(problem)), *rotations)
     if (other := next((x.device for x in tensors if x is not None and x.device != q.device), None)) is not None:
         raise InputError(f"attend: all tensors must be on {q.device}, not on {other}")
-    return (*tensors, interleaved, regular, *sight, problem.scale, problem.softcap, problem.dropout)
+    return (*tensors, interleaved, regular, *window, problem.scale, problem.softcap, problem.dropout)
 
 
 def dense(x: Tensor) -> Tensor:
@@ -117,12 +117,12 @@ def by_offset(problem: Problem, q: Tensor) -> ByOffset:
     return bias
 
 
-def before(x: Tensor, turn: Turn | None, others: int) -> tuple[Tensor, Turn | None]:
+def before(x: Tensor, rotation: Rotation | None, others: int) -> tuple[Tensor, Rotation | None]:
     """Long runs are rotated once before the kernel, since each of its tiles would rotate them again; and rotations
     that are learned get their gradients from autograd."""
-    if turn is None or turn.cos.requires_grad or max(x.shape[2], others) > SHORT and x.shape[2] > FEW:
-        return (x if turn is None else rotary.apply(x, turn)), None
-    return x, turn
+    if rotation is None or rotation.cos.requires_grad or max(x.shape[2], others) > SHORT and x.shape[2] > FEW:
+        return (x if rotation is None else rotary.apply(x, rotation)), None
+    return x, rotation
 
 
 def lines(problem: Problem) -> list[Tensor | None]:

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.positions.rope import Turn
+from mm.positions.rope import Rotation
 from mm.positions.visibility import At, Seen, visible
-from mm.spec import Sight
+from mm.spec import Window
 
 Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
 
@@ -29,10 +29,10 @@ class ByOffset:
 class Problem:
     q_at: At
     k_at: At
-    sight: Sight
+    window: Window
     scale: float
-    q_turn: Turn | None = None
-    k_turn: Turn | None = None
+    q_rope: Rotation | None = None
+    k_rope: Rotation | None = None
     bias: Bias | None = None
     sinks: Tensor | None = None
     softcap: float = 0.0
@@ -41,7 +41,7 @@ class Problem:
 
     def visible(self) -> Tensor:
         """(B, T, S) bool."""
-        return visible(self.q_at, self.k_at, self.sight)
+        return visible(self.q_at, self.k_at, self.window)
 
     def seen(self) -> Seen:
         """The same as a mask; `shown` where the caller has it already."""
@@ -50,7 +50,7 @@ class Problem:
     def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
         """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
         shown = self.shown and self.shown.rows(*rows, slice(*keys))
-        return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_turn=None, k_turn=None,
+        return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_rope=None, k_rope=None,
                        shown=shown)
 
     @property
@@ -70,9 +70,9 @@ def check(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> None:
                          f"{problem.dropout}")
     for name, at, length in (("q_at", problem.q_at, t), ("k_at", problem.k_at, s)):
         check_place(name, at, b, length)
-    for name, turn, x in (("q_turn", problem.q_turn, q), ("k_turn", problem.k_turn, k)):
-        if turn is not None:
-            check_turn(name, turn, x)
+    for name, rotation, x in (("q_rope", problem.q_rope, q), ("k_rope", problem.k_rope, k)):
+        if rotation is not None:
+            check_rotation(name, rotation, x)
 
 
 def check_heads(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -103,8 +103,8 @@ def check_place(name: str, at: At, batch: int, length: int) -> None:
             raise InputError(f"attend: {name} has {what} {tuple(x.shape)} for {batch} rows of {length} tokens")
 
 
-def check_turn(name: str, turn: Turn, x: Tensor) -> None:
-    shape, (b, h, t, e) = tuple(turn.cos.shape), x.shape
+def check_rotation(name: str, rotation: Rotation, x: Tensor) -> None:
+    shape, (b, h, t, e) = tuple(rotation.cos.shape), x.shape
     fits = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, h) and shape[2] == t and shape[3] <= e
-    if not fits or turn.sin.shape != turn.cos.shape:
+    if not fits or rotation.sin.shape != rotation.cos.shape:
         raise InputError(f"attend: {name} has rotations {shape}, which do not fit tokens of shape {tuple(x.shape)}")

@@ -11,10 +11,10 @@ from mm.positions import rope as rotary
 
 def reference(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """q (B, H, T, E), k (B, K, S, E), v (B, K, S, F) -> (B, H, T, F). A row that sees nothing gives 0."""
-    if problem.q_turn is not None:
-        q = rotary.apply(q, problem.q_turn)
-    if problem.k_turn is not None:
-        k = rotary.apply(k, problem.k_turn)
+    if problem.q_rope is not None:
+        q = rotary.apply(q, problem.q_rope)
+    if problem.k_rope is not None:
+        k = rotary.apply(k, problem.k_rope)
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * problem.scale
     if problem.softcap:

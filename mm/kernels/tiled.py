@@ -1,6 +1,6 @@
 """Attention in tiles of query rows: what SDPA cannot say in one call, without ever keeping T x S scores.
 
-Each tile is recomputed in the backward pass. Tiles of one plain run read only the keys that their sight can reach.
+Each tile is recomputed in the backward pass. Tiles of one plain run read only the keys that their window can reach.
 """
 
 from __future__ import annotations
@@ -34,17 +34,17 @@ def tiled(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
 
 def reachable(problem: Problem, rows: tuple[int, int], keys: int) -> tuple[int, int]:
     """The range of keys that these rows may see; all of them unless both sides are the same plain run."""
-    sight = problem.sight
+    window = problem.window
     if not problem.aligned:
         return 0, keys
     start, stop = 0, keys
-    if sight.left is not None and not sight.first:
-        start = max(start, rows[0] - sight.left)
-    if sight.right is not None and problem.k_at.prefix is None:
-        stop = min(stop, rows[1] + sight.right)
-    if sight.chunk is not None:
-        start = max(start, rows[0] // sight.chunk * sight.chunk)
-        stop = min(stop, -(-rows[1] // sight.chunk) * sight.chunk)
+    if window.left is not None and not window.first:
+        start = max(start, rows[0] - window.left)
+    if window.right is not None and problem.k_at.prefix is None:
+        stop = min(stop, rows[1] + window.right)
+    if window.chunk is not None:
+        start = max(start, rows[0] // window.chunk * window.chunk)
+        stop = min(stop, -(-rows[1] // window.chunk) * window.chunk)
     return start, stop
 
 

@@ -7,7 +7,6 @@ import triton
 import triton.language as tl
 
 from mm.kernels.triton_forward import ranges
-from mm.kernels.triton_sight import locate, sees, span
 from mm.kernels.triton_tile import (
     base,
     dots,
@@ -16,12 +15,13 @@ from mm.kernels.triton_tile import (
     load_keyed,
     load_values,
     place,
+    rotate_back,
     row_values,
     rows_of,
     store_keyed,
     store_values,
-    turn_back,
 )
+from mm.kernels.triton_window import locate, sees, span
 
 
 @triton.jit
@@ -50,7 +50,7 @@ def bend(score_grads, slope, plan: tl.constexpr):
 
 
 @triton.jit
-def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_turn, bias, seed, b, kv_head, first, S, scale,
+def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_rope, bias, seed, b, kv_head, first, S, scale,
                masked: tl.constexpr, plan: tl.constexpr):
     """The keys first..first + plan.keys for a tile of queries: parts of k, gradients of products and of scores
     (rows, keys), and the keys' positions."""
@@ -58,7 +58,7 @@ def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_turn, bias, seed,
     local = tl.arange(0, plan.keys)
     key = first + local
     inside = key < S
-    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_turn, b, kv_head, key, inside, plan.k_turn,
+    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_rope, b, kv_head, key, inside, plan.k_rope,
                         masked, plan)
     v1, v2 = load_values(base(v, b, kv_head, first), local * v.token, inside, masked, plan)
     position, document, prefix = locate(k_at, b, key, inside)
@@ -73,7 +73,7 @@ def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_turn, bias, seed,
 
 
 @triton.jit
-def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_rope, k_rope, bias, seed, spans, scale, T, S,
                      plan: tl.constexpr):
     """Grid (tiles of queries * B, K). Writes dq and delta (B, H, T): the sum over channels of out * grad."""
     tiles = tl.cdiv(T * plan.group, plan.rows)
@@ -82,7 +82,7 @@ def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_turn, k_t
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
-    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
     start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
     g1, g2 = load_values(start, offsets, inside, True, plan)
     start, offsets, token, head = rows_of(out, b, kv_head, first, plan)
@@ -100,19 +100,19 @@ def backward_queries(grad, q, k, v, out, dq, lse, delta, q_at, k_at, q_turn, k_t
     seed = 0 if seed is None else tl.load(seed)
     begin, a, z, end = ranges(spans, b, tile, T, S, plan)
     for i in range(a, z):
-        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn, bias,
+        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_rope, bias,
                                                             seed, b, kv_head, i * plan.keys, S, scale, False, plan)
         dq1, dq2 = gather(grads, k1, k2, dq1, dq2, plan.k2)
     for i in range(begin, a + end - z):
         i = tl.where(i < a, i, i + z - a)
-        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn, bias,
+        k1, k2, grads, score_grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_rope, bias,
                                                             seed, b, kv_head, i * plan.keys, S, scale, True, plan)
         dq1, dq2 = gather(grads, k1, k2, dq1, dq2, plan.k2)
     start, offsets, token, head = rows_of(dq, b, kv_head, first, plan)
     dq1 *= scale
     if plan.k2 > 0:
         dq2 *= scale
-    dq1, dq2 = turn_back(dq1, dq2, q_turn, b, head, token, inside, plan.q_turn, plan)
+    dq1, dq2 = rotate_back(dq1, dq2, q_rope, b, head, token, inside, plan.q_rope, plan)
     store_keyed(start, offsets, inside, dq1, dq2, plan)
 
 
@@ -127,13 +127,13 @@ def gather(weights, x1, x2, sum1, sum2, second: tl.constexpr):
 
 
 @triton.jit
-def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn, bias, seed, b, kv_head, first,
+def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_rope, bias, seed, b, kv_head, first,
              T, scale, masked: tl.constexpr, plan: tl.constexpr):
     """Add what the packed query rows first..first + plan.rows give to a tile of keys (keys, rows)."""
     k_position, k_document, k_prefix, key, k_inside = keys
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
-    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, masked, plan)
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, masked, plan)
     position, document, unprefixed = locate(q_at, b, token, inside)
     draw = b * tl.num_programs(1) * plan.group + head
     total = tl.load(row_values(lse, b, kv_head, head, token, T, plan), mask=inside, other=float("inf"))
@@ -170,7 +170,7 @@ def reaching(spans, b, tile, T, S, plan: tl.constexpr):
 
 
 @triton.jit
-def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_rope, k_rope, bias, seed, spans, scale, T, S,
                   plan: tl.constexpr):
     """Grid (tiles of keys * B, K). Query heads that share keys are summed here."""
     tile, kv_head, b = place(tl.cdiv(S, plan.keys))
@@ -178,7 +178,7 @@ def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_turn, k_turn,
     local = tl.arange(0, plan.keys)
     key = first + local
     k_inside = key < S
-    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_turn, b, kv_head, key, k_inside, plan.k_turn,
+    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_rope, b, kv_head, key, k_inside, plan.k_rope,
                         True, plan)
     v1, v2 = load_values(base(v, b, kv_head, first), local * v.token, k_inside, True, plan)
     position, document, prefix = locate(k_at, b, key, k_inside)
@@ -190,15 +190,15 @@ def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_turn, k_turn,
     seed = 0 if seed is None else tl.load(seed)
     begin, a, z, end = reaching(spans, b, tile, T, S, plan)
     for i in range(a, z):
-        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn,
+        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_rope,
                                       bias, seed, b, kv_head, i * plan.rows, T, scale, False, plan)
     for i in range(begin, a + end - z):
         i = tl.where(i < a, i, i + z - a)
-        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_turn,
+        dk1, dk2, dv1, dv2 = key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_rope,
                                       bias, seed, b, kv_head, i * plan.rows, T, scale, True, plan)
     dk1 *= scale
     if plan.k2 > 0:
         dk2 *= scale
-    dk1, dk2 = turn_back(dk1, dk2, k_turn, b, kv_head, key, k_inside, plan.k_turn, plan)
+    dk1, dk2 = rotate_back(dk1, dk2, k_rope, b, kv_head, key, k_inside, plan.k_rope, plan)
     store_keyed(base(dk, b, kv_head, first), local * dk.token, k_inside, dk1, dk2, plan)
     store_values(base(dv, b, kv_head, first), local * dv.token, k_inside, dv1, dv2, plan)

@@ -7,12 +7,12 @@ import triton.language as tl
 
 from mm.kernels.triton_backward import query_step
 from mm.kernels.triton_forward import ranges
-from mm.kernels.triton_sight import locate
 from mm.kernels.triton_tile import load_keyed, load_values, place, row_values, rows_of, wide
+from mm.kernels.triton_window import locate
 
 
 @triton.jit
-def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k_turn, bias, seed, spans, scale, T, S,
+def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_rope, k_rope, bias, seed, spans, scale, T, S,
                   plan: tl.constexpr):
     """Grid (tiles of queries * B, K): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
     buckets between the least and the greatest offset of a tile are looked at: one, far from the diagonal."""
@@ -20,7 +20,7 @@ def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
-    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
     start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
     g1, g2 = load_values(start, offsets, inside, True, plan)
     draw = b * tl.num_programs(1) * plan.group + head
@@ -33,7 +33,7 @@ def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_turn, k
     seed = 0 if seed is None else tl.load(seed)
     begin, a, z, end = ranges(spans, b, tile, T, S, plan)
     for i in range(begin, end):
-        k1, k2, product_grads, grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_turn,
+        k1, k2, product_grads, grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_rope,
                                                               bias, seed, b, kv_head, i * plan.keys, S, scale, True,
                                                               plan)
         offset = tl.minimum(tl.maximum(k_position[None, :] - position[:, None], -plan.reach), plan.reach) + plan.reach

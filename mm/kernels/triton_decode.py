@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 
 from mm.kernels.triton_forward import begin, step
-from mm.kernels.triton_sight import locate
 from mm.kernels.triton_tile import load_keyed, place, rows_of, store_values, wide
+from mm.kernels.triton_window import locate
 
 
 @triton.jit
-def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, scale, T, S, run,
+def decode(q, k, v, parts, sums, q_at, k_at, q_rope, k_rope, sinks, bias, seed, scale, T, S, run,
            plan: tl.constexpr):
     """Grid (splits * B, K), all rows in one tile. Split i takes the keys i * run..(i + 1) * run and writes its output
     to parts (B, splits * H, T, F) and its log2 of sums to sums (B, splits * H, T), both float32."""
@@ -20,7 +20,7 @@ def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, 
     split, kv_head, b = place(splits)
     start, offsets, token, head = rows_of(q, b, kv_head, 0, plan)
     inside = token < T
-    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
     position, document, _ = locate(q_at, b, token, inside)
     rows = (position, document, token, head)
     peak, total = begin(sinks, head, plan)
@@ -30,7 +30,7 @@ def decode(q, k, v, parts, sums, q_at, k_at, q_turn, k_turn, sinks, bias, seed, 
     out2 = peak if plan.v2 == 0 else tl.full([plan.rows, plan.v2], 0.0, tl.float32)
     seed = 0 if seed is None else tl.load(seed)
     for first in range(split * run, tl.minimum(split * run + run, S), plan.keys):
-        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, b,
+        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b,
                                        kv_head, first, S, scale, True, plan)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     heads = tl.num_programs(1) * plan.group

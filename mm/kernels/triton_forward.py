@@ -5,7 +5,6 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mm.kernels.triton_sight import locate, sees, span
 from mm.kernels.triton_tile import (
     LOG2E,
     base,
@@ -19,6 +18,7 @@ from mm.kernels.triton_tile import (
     rows_of,
     store_values,
 )
+from mm.kernels.triton_window import locate, sees, span
 
 
 @triton.jit
@@ -32,14 +32,14 @@ def weigh(s, peak, total):
 
 
 @triton.jit
-def step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, b, kv_head, first, S, scale,
+def step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b, kv_head, first, S, scale,
          masked: tl.constexpr, plan: tl.constexpr):
     """Take in the keys first..first + plan.keys."""
     q_position, q_document, token, head = rows
     local = tl.arange(0, plan.keys)
     key = first + local
     inside = key < S
-    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_turn, b, kv_head, key, inside, plan.k_turn,
+    k1, k2 = load_keyed(base(k, b, kv_head, first), local * k.token, k_rope, b, kv_head, key, inside, plan.k_rope,
                         masked, plan)
     position, document, prefix = locate(k_at, b, key, inside)
     s, _ = finish(dots(q1, q2, k1, k2, plan.k2), scale, q_position[:, None], position[None, :], head[:, None], bias,
@@ -88,7 +88,7 @@ def ranges(spans, b, tile, T, S, plan: tl.constexpr):
 
 
 @triton.jit
-def forward(q, k, v, out, lse, q_at, k_at, q_turn, k_turn, sinks, bias, seed, spans, scale, T, S, plan: tl.constexpr):
+def forward(q, k, v, out, lse, q_at, k_at, q_rope, k_rope, sinks, bias, seed, spans, scale, T, S, plan: tl.constexpr):
     """Grid (tiles * B, K). out: (B, H, T, F); lse: (B, H, T) log2 of each row's sum, inf where it is 0."""
     tiles = tl.cdiv(T * plan.group, plan.rows)
     tile, kv_head, b = place(tiles)
@@ -96,7 +96,7 @@ def forward(q, k, v, out, lse, q_at, k_at, q_turn, k_turn, sinks, bias, seed, sp
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
-    q1, q2 = load_keyed(start, offsets, q_turn, b, head, token, inside, plan.q_turn, True, plan)
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
     position, document, _ = locate(q_at, b, token, inside)
     rows = (position, document, token, head)
     peak, total = begin(sinks, head, plan)
@@ -105,11 +105,11 @@ def forward(q, k, v, out, lse, q_at, k_at, q_turn, k_turn, sinks, bias, seed, sp
     seed = 0 if seed is None else tl.load(seed)
     begin_at, a, z, end = ranges(spans, b, tile, T, S, plan)
     for i in range(a, z):
-        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, b,
+        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b,
                                        kv_head, i * plan.keys, S, scale, False, plan)
     for i in range(begin_at, a + end - z):
         i = tl.where(i < a, i, i + z - a)
-        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_turn, bias, seed, b,
+        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b,
                                        kv_head, i * plan.keys, S, scale, True, plan)
     share = 1.0 / tl.where(total == 0.0, 1.0, total)
     start, offsets, token, head = rows_of(out, b, kv_head, first, plan)

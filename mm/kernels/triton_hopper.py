@@ -10,8 +10,8 @@ import triton
 import triton.language as tl
 
 from mm.kernels.triton_forward import begin, weigh
-from mm.kernels.triton_sight import sees, span
 from mm.kernels.triton_tile import base, finish, place, wide
+from mm.kernels.triton_window import sees, span
 
 
 @triton.jit

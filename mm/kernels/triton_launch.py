@@ -31,7 +31,7 @@ from mm.kernels.triton_plan import (
     tiles_of,
 )
 from mm.kernels.triton_reach import reach_keys, reach_queries
-from mm.kernels.triton_tile import Heads, Line, Plan, Turned, Where
+from mm.kernels.triton_tile import Heads, Line, Plan, Rotated, Where
 
 LOG2E = math.log2(math.e)
 
@@ -50,8 +50,8 @@ def where(call: Call) -> tuple[Where, Where]:
             Where(line(call.k_position), line(call.k_document), line(call.prefix)))
 
 
-def turned(call: Call) -> list[Turned | None]:
-    return [None if cos is None else Turned(heads(cos), heads(sin))
+def rotated(call: Call) -> list[Rotated | None]:
+    return [None if cos is None else Rotated(heads(cos), heads(sin))
             for cos, sin in ((call.q_cos, call.q_sin), (call.k_cos, call.k_sin))]
 
 
@@ -95,7 +95,7 @@ def attention(call: Call) -> tuple[Tensor, Tensor]:
     tiles = tiles_of(length * plan.group, plan.rows)
     reached = spans(call, plan, reach_keys, tiles)
     launch(forward, (tiles * batch, call.k.shape[1]), heads(call.q), heads(call.k), heads(call.v), heads(out), lse,
-           *where(call), *turned(call), call.sinks, call.table(), call.seed, reached, call.scale, *call.lengths,
+           *where(call), *rotated(call), call.sinks, call.table(), call.seed, reached, call.scale, *call.lengths,
            plan=plan, **tile.options)
     return out, lse
 
@@ -129,7 +129,7 @@ def decode_in(pieces: int, call: Call, out: Tensor, lse: Tensor) -> None:
     parts = lse.new_empty(batch, pieces * count, length, width)
     sums = lse.new_empty(batch, pieces * count, length)
     launch(decode, (pieces * batch, call.k.shape[1]), heads(call.q), heads(call.k), heads(call.v), heads(parts), sums,
-           *where(call), *turned(call), call.sinks, call.table(), call.seed, call.scale, *call.lengths, run, plan=plan,
+           *where(call), *rotated(call), call.sinks, call.table(), call.seed, call.scale, *call.lengths, run, plan=plan,
            **tile.options)
     launch(join, (length * batch, count), heads(parts), sums, heads(out), lse, length, pieces, width=width,
            padded=power(width), num_warps=1)
@@ -140,7 +140,7 @@ def gradients(call: Call, grad: Tensor, out: Tensor, lse: Tensor) -> tuple[Tenso
     dq, dk, dv = (by_token(x) for x in (call.q, call.k, call.v))
     delta = torch.empty_like(lse)
     given = [heads(x) for x in (grad, call.q, call.k, call.v)]
-    shared = (*where(call), *turned(call), call.table(), call.seed)
+    shared = (*where(call), *rotated(call), call.table(), call.seed)
     back(call, backward_queries, query_tile(call), *given, heads(out), heads(dq), lse, delta, *shared)
     back(call, backward_keys, key_tile(call), *given, heads(dk), heads(dv), lse, delta, *shared)
     dbias = call.q.new_empty(0)

@@ -120,8 +120,8 @@ def key_tile(call: Call) -> Tile:
         return Tile(16, 16, 8 if widest(call) <= 128 else 16, 1)
     width = widest(call)
     if width <= 128:
-        turned = width > 64 and call.q_cos is not None
-        return Tile(64 if width <= 64 or call.plain and not call.dropout else 32, 64 if turned else 128, 8, 2)
+        rotated = width > 64 and call.q_cos is not None
+        return Tile(64 if width <= 64 or call.plain and not call.dropout else 32, 64 if rotated else 128, 8, 2)
     return Tile(32 if width <= 192 else 16, 64, 8, 2)
 
 
@@ -130,10 +130,11 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
 
 
-def fitted(tile: Tile, call: Call, kept: int, streamed: str, turned: Tensor | None) -> Tile:
+def fitted(tile: Tile, call: Call, kept: int, streamed: str, rotated: Tensor | None) -> Tile:
     """Fewer stages, then smaller steps, until a program fits the GPU. kept: bytes that it holds throughout; streamed:
-    the side that passes by, "rows" or "keys", with angles where `turned`."""
-    size = (call.q.shape[3] + call.v.shape[3]) * call.q.element_size() + (0 if turned is None else 4 * turned.shape[3])
+    the side that passes by, "rows" or "keys", with angles where `rotated`."""
+    size = (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
+    size += 0 if rotated is None else 4 * rotated.shape[3]
     room = shared_memory(call.q.device) - 4096 - kept
     while tile.stages > 1 and tile.stages * getattr(tile, streamed) * size > room:
         tile = replace(tile, stages=tile.stages - 1)
@@ -164,9 +165,9 @@ def parts(width: int, most: int) -> tuple[int, int]:
 def plan_of(call: Call, tile: Tile) -> Plan:
     """What is fixed at compile time; fewer rows where there are not as many."""
     group, width, value_width = call.q.shape[1] // call.k.shape[1], call.q.shape[3], call.v.shape[3]
-    q_turn, k_turn = (0 if cos is None else cos.shape[-1] for cos in (call.q_cos, call.k_cos))
+    q_rope, k_rope = (0 if cos is None else cos.shape[-1] for cos in (call.q_cos, call.k_cos))
     widest_part = 128 if call.q.dtype == torch.float32 else 256
-    k1, k2 = (power(width // 2),) * 2 if q_turn or k_turn else parts(width, widest_part)
+    k1, k2 = (power(width // 2),) * 2 if q_rope or k_rope else parts(width, widest_part)
     v1, v2 = parts(value_width, widest_part)
     left, right, chunk = (None if far < 0 else far for far in (call.left, call.right, call.chunk))
     reach = 0 if call.buckets is None else len(call.buckets) // 2
@@ -174,6 +175,6 @@ def plan_of(call: Call, tile: Tile) -> Plan:
         rows=min(tile.rows, power(call.q.shape[2] * group)), keys=tile.keys, group=group, width=width,
         value_width=value_width, k1=k1, k2=k2, v1=v1, v2=v2, left=left, right=right, chunk=chunk, regular=call.regular,
         documents=call.q_document is not None, prefix=call.prefix is not None, softcap=call.softcap,
-        dropout=call.dropout, q_turn=q_turn, k_turn=k_turn, interleaved=call.interleaved, reach=reach,
+        dropout=call.dropout, q_rope=q_rope, k_rope=k_rope, interleaved=call.interleaved, reach=reach,
         buckets=0 if call.bias is None else len(call.bias), alibi=call.bias is not None and reach == 0,
         sinks=call.sinks is not None)

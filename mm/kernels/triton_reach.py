@@ -9,8 +9,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from mm.kernels.triton_sight import locate
 from mm.kernels.triton_tile import place
+from mm.kernels.triton_window import locate
 
 BLOCK: tl.constexpr = tl.constexpr(1024)  # tokens of the other side that are looked at in one step
 

@@ -44,7 +44,7 @@ class Where(NamedTuple):
     end: None = None  # Triton 3.6 loses the constants of a tuple behind a None, unless another None comes last
 
 
-class Turned(NamedTuple):
+class Rotated(NamedTuple):
     cos: Heads
     sin: Heads
 
@@ -52,7 +52,7 @@ class Turned(NamedTuple):
 @dataclass(frozen=True)
 class Plan:
     """Everything that is fixed when a kernel is compiled. rows: packed query rows of a tile, keys: keys of a tile;
-    k1 + k2 and v1 + v2: columns of the parts of keys and values; q_turn, k_turn: rotated channels (0: none);
+    k1 + k2 and v1 + v2: columns of the parts of keys and values; q_rope, k_rope: rotated channels (0: none);
     reach: distance from which on a bucketed bias is constant (0: no such bias)."""
 
     rows: int
@@ -72,8 +72,8 @@ class Plan:
     prefix: bool
     softcap: float
     dropout: float
-    q_turn: int
-    k_turn: int
+    q_rope: int
+    k_rope: int
     interleaved: bool
     reach: int
     buckets: int
@@ -103,18 +103,18 @@ def base(x, b, h, token):
 @triton.jit
 def columns(plan: tl.constexpr):
     """Channel of each column of the two parts of a query or key."""
-    turned: tl.constexpr = max(plan.q_turn, plan.k_turn)
+    rotated: tl.constexpr = max(plan.q_rope, plan.k_rope)
     i = tl.arange(0, plan.k1)
     j = tl.arange(0, plan.k2 if plan.k2 > 0 else plan.k1)
-    if turned == 0:
+    if rotated == 0:
         first, second = i, plan.k1 + j
     elif plan.interleaved:
         first, second = 2 * i, 2 * i + 1
     else:
-        first, second = i, i + turned // 2
-    if turned > 0 and turned < plan.width:
-        first = tl.where(i < turned // 2, first, i + turned // 2)
-        second = tl.where(i < turned // 2, second, i + plan.width // 2)
+        first, second = i, i + rotated // 2
+    if rotated > 0 and rotated < plan.width:
+        first = tl.where(i < rotated // 2, first, i + rotated // 2)
+        second = tl.where(i < rotated // 2, second, i + plan.width // 2)
     return first, second
 
 
@@ -123,7 +123,7 @@ def present(plan: tl.constexpr):
     """Which columns of the two parts of a query or key exist."""
     i = tl.arange(0, plan.k1)
     j = tl.arange(0, plan.k2 if plan.k2 > 0 else plan.k1)
-    if max(plan.q_turn, plan.k_turn) == 0:
+    if max(plan.q_rope, plan.k_rope) == 0:
         first, second = i < plan.width, plan.k1 + j < plan.width
     else:
         first, second = i < plan.width // 2, j < plan.width // 2
@@ -144,40 +144,40 @@ def part(start, offsets, inside, column, exists, whole: tl.constexpr, masked: tl
 
 
 @triton.jit
-def angles(by, b, heads, tokens, inside, turned: tl.constexpr, plan: tl.constexpr):
+def angles(by, b, heads, tokens, inside, rotated: tl.constexpr, plan: tl.constexpr):
     """cos and sin (rows, k1) of each pair; pairs that do not turn have 1 and 0."""
     first, second = columns(plan)
-    turns = inside[:, None] & (tl.arange(0, plan.k1) < turned // 2)[None, :]
+    rotations = inside[:, None] & (tl.arange(0, plan.k1) < rotated // 2)[None, :]
     row = wide(b) * by.cos.batch + wide(heads) * by.cos.head + wide(tokens) * by.cos.token
-    cos = tl.load(by.cos.data + row[:, None] + first[None, :], mask=turns, other=1.0)
+    cos = tl.load(by.cos.data + row[:, None] + first[None, :], mask=rotations, other=1.0)
     row = wide(b) * by.sin.batch + wide(heads) * by.sin.head + wide(tokens) * by.sin.token
-    sin = tl.load(by.sin.data + row[:, None] + second[None, :], mask=turns, other=0.0)
+    sin = tl.load(by.sin.data + row[:, None] + second[None, :], mask=rotations, other=0.0)
     return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
-def load_keyed(start, offsets, by, b, heads, tokens, inside, turned: tl.constexpr, masked: tl.constexpr,
+def load_keyed(start, offsets, by, b, heads, tokens, inside, rotated: tl.constexpr, masked: tl.constexpr,
                plan: tl.constexpr):
     """Both parts of a tile of queries or keys, rotated where `turned` says so."""
     first, second = columns(plan)
     has_first, has_second = present(plan)
     whole: tl.constexpr = plan.k1 + plan.k2 == plan.width
-    x = part(start, offsets, inside, first, has_first, whole or plan.q_turn + plan.k_turn == 0, masked)
+    x = part(start, offsets, inside, first, has_first, whole or plan.q_rope + plan.k_rope == 0, masked)
     y = x
     if plan.k2 > 0:
         y = part(start, offsets, inside, second, has_second, whole, masked)
-    if turned > 0:
-        cos, sin = angles(by, b, heads, tokens, inside, turned, plan)
+    if rotated > 0:
+        cos, sin = angles(by, b, heads, tokens, inside, rotated, plan)
         wide_x, wide_y = x.to(tl.float32), y.to(tl.float32)
         x, y = (wide_x * cos - wide_y * sin).to(x.dtype), (wide_y * cos + wide_x * sin).to(y.dtype)
     return x, y
 
 
 @triton.jit
-def turn_back(x, y, by, b, heads, tokens, inside, turned: tl.constexpr, plan: tl.constexpr):
+def rotate_back(x, y, by, b, heads, tokens, inside, rotated: tl.constexpr, plan: tl.constexpr):
     """The transpose of the rotation, for gradients (float32)."""
-    if turned > 0:
-        cos, sin = angles(by, b, heads, tokens, inside, turned, plan)
+    if rotated > 0:
+        cos, sin = angles(by, b, heads, tokens, inside, rotated, plan)
         x, y = x * cos + y * sin, y * cos - x * sin
     return x, y
 

@@ -16,22 +16,22 @@ from mm.nn.moe import Route
 from mm.nn.norm import build_norm
 from mm.nn.state import KVCache, Write
 from mm.positions import rope as rotary
-from mm.positions.rope import Turn
+from mm.positions.rope import Rotation
 from mm.positions.visibility import At, Seen
 
 
 @dataclass(frozen=True)
-class Scene:
+class AttentionInputs:
     """What one attention layer is shown beside its input: where the tokens are, the rotation of this layer's rope, the
     shared position bias, and, when streaming, this layer's cache with the slots to write and, for a few tokens, what
-    they see there. `sight` is how far it sees where that is not what its spec says, `early` the rotation of queries as
+    they see there. `window` is how far it sees where that is not what its spec says, `early` the rotation of queries as
     they meet the first positions, if these stay in sight. `routes` gets the route of this layer's mixture of experts,
     where somebody asked for it."""
 
     at: At
-    sight: spec.Sight | None = None
-    turn: Turn | None = None
-    early: Turn | None = None
+    window: spec.Window | None = None
+    rotation: Rotation | None = None
+    early: Rotation | None = None
     bias: Bias | None = None
     cache: KVCache | None = None
     write: Write | None = None
@@ -77,31 +77,33 @@ class Heads(nn.Module):
         x = x.unflatten(-1, (-1, s.head_dim)).transpose(1, 2)
         return norm(x) if s.qk_norm and s.qk_norm.over == "head" and not s.qk_norm.after_rope else x
 
-    def look(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene, k_at: At) -> Tensor:
+    def look(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, k_at: At) -> Tensor:
         """Heads -> heads (B, H, T, F)."""
-        s, sight = self.settings, scene.sight or self.settings.sight
-        turn = rotary.turn(scene.at.turns, s.rope, s.head_dim, self.mixed) if self.mixed is not None else scene.turn
-        q_turn = k_turn = turn
+        s, window = self.settings, inputs.window or self.settings.window
+        rotation = inputs.rotation
+        if self.mixed is not None:
+            rotation = rotary.rotation(inputs.at.rotary_positions, s.rope, s.head_dim, self.mixed)
+        q_rope = k_rope = rotation
         late_norm = s.qk_norm is not None and s.qk_norm.after_rope
-        if scene.early is not None:
-            q, k = twofold(q, k, scene, sight.first)
-            q_turn = k_turn = None
-        elif turn is not None and (scene.cache is not None or self.extra_k is not None or late_norm):
-            k, k_turn = rotary.apply(k, turn), None
+        if inputs.early is not None:
+            q, k = twofold(q, k, inputs, window.first)
+            q_rope = k_rope = None
+        elif rotation is not None and (inputs.cache is not None or self.extra_k is not None or late_norm):
+            k, k_rope = rotary.apply(k, rotation), None
         if late_norm:
-            q, q_turn = (q if turn is None else rotary.apply(q, turn)), None
+            q, q_rope = (q if rotation is None else rotary.apply(q, rotation)), None
             q, k = self.q_norm(q), self.k_norm(k)
         if s.temperature is not None:
-            q = (q * warmth(scene.at.position, s.temperature)[:, None, :, None]).to(q.dtype)
-        if scene.cache is not None:
-            k, v, k_at = scene.cache.write(k, v, scene.write)
+            q = (q * warmth(inputs.at.position, s.temperature)[:, None, :, None]).to(q.dtype)
+        if inputs.cache is not None:
+            k, v, k_at = inputs.cache.write(k, v, inputs.write)
         if self.extra_k is not None:
             k, v, k_at = self.with_extra(k, v, k_at)
         q, k = q.to(v.dtype), k.to(v.dtype)  # under autocast norms give float32
-        return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=sight, q_turn=q_turn, k_turn=k_turn, bias=scene.bias,
+        return attend(q, k, v, q_at=inputs.at, k_at=k_at, window=window, q_rope=q_rope, k_rope=k_rope, bias=inputs.bias,
                       sinks=self.sinks, softcap=s.softcap, scale=s.head_dim**-0.5 if s.scale is None else s.scale,
                       dropout=s.dropout if self.training else 0.0,
-                      seen=None if self.extra_k is not None else scene.seen)
+                      seen=None if self.extra_k is not None else inputs.seen)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
         extra = (self.extra_k, self.extra_v)
@@ -126,9 +128,9 @@ class Attention(Heads):
         self.inner_norm = build_norm(s.inner_norm, s.heads * s.head_dim)
         self.out = Linear(s.heads * s.head_dim, dim, bias=s.out_bias)
 
-    def forward(self, x: Tensor, scene: Scene) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         q, k, v = self.ready(*self.qkv(x))
-        heads = self.look(q, k, v, scene, scene.at)
+        heads = self.look(q, k, v, inputs, inputs.at)
         return self.out(self.inner_norm(self.gated(heads, x)))
 
 
@@ -151,7 +153,7 @@ class CrossAttention(Heads):
     def forward(self, x: Tensor, at: At, memory: Tensor | tuple[Tensor, Tensor], memory_at: At) -> Tensor:
         k, v = memory if isinstance(memory, tuple) else self.keys(*self.kv(memory))
         q = self.split(self.q(x), self.q_norm)
-        heads = self.look(q, k, v, Scene(at), memory_at)
+        heads = self.look(q, k, v, AttentionInputs(at), memory_at)
         return self.out(self.inner_norm(self.gated(heads, x)))
 
 
@@ -181,22 +183,22 @@ class DifferentialAttention(Heads):
         q1, k1, q2, k2 = self.lambdas.float()
         return (q1 @ k1).exp() - (q2 @ k2).exp() + self.differential.lambda_init
 
-    def forward(self, x: Tensor, scene: Scene) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
         q, k, v = self.ready(*self.qkv(x))
         kv = self.settings.kv_heads
         q = q.unflatten(1, (kv, -1, 2)).transpose(2, 3).flatten(1, 3)  # the two queries of a group beside their own key
-        heads = self.look(q, k, v.repeat_interleave(2, 1), scene, scene.at).unflatten(1, (kv, 2, -1))
+        heads = self.look(q, k, v.repeat_interleave(2, 1), inputs, inputs.at).unflatten(1, (kv, 2, -1))
         first, second = heads[:, :, 0].flatten(1, 2), heads[:, :, 1].flatten(1, 2)
         heads = self.pair_norm(first - self.weight().to(x.dtype) * second) * (1 - self.differential.lambda_init)
         return self.out(self.gated(heads, x))
 
 
-def twofold(q: Tensor, k: Tensor, scene: Scene, first: int) -> tuple[Tensor, Tensor]:
+def twofold(q: Tensor, k: Tensor, inputs: AttentionInputs, first: int) -> tuple[Tensor, Tensor]:
     """Heads (B, H, T, E) -> (B, H, T, 2 E): one half meets the `first` keys, turned as if a query lay no further from
     them than its window reaches, the other half all later keys. What meets nothing is 0."""
-    early = (scene.at.position < first)[:, None, :, None]
-    q = torch.cat([rotary.apply(q, scene.early), rotary.apply(q, scene.turn)], -1)
-    k = rotary.apply(k, scene.turn)
+    early = (inputs.at.position < first)[:, None, :, None]
+    q = torch.cat([rotary.apply(q, inputs.early), rotary.apply(q, inputs.rotation)], -1)
+    k = rotary.apply(k, inputs.rotation)
     return q, torch.cat([torch.where(early, k, 0), torch.where(early, 0, k)], -1)
 
 

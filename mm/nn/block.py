@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
-from mm.nn.attention import Attention, CrossAttention, DifferentialAttention, Scene
+from mm.nn.attention import Attention, AttentionInputs, CrossAttention, DifferentialAttention
 from mm.nn.latent import LatentAttention
 from mm.nn.linear import add, multiply
 from mm.nn.moe import Moe, build_mlp
@@ -44,22 +44,23 @@ class Block(nn.Module):
             if scale is not None:
                 nn.init.constant_(scale, self.layer.layer_scale)
 
-    def forward(self, x: Tensor, scene: Scene, memory: Tensor | None = None, memory_at: At | None = None) -> Tensor:
+    def forward(self, x: Tensor, inputs: AttentionInputs, memory: Tensor | None = None,
+                memory_at: At | None = None) -> Tensor:
         if self.layer.placement.startswith("parallel"):
             y = self.mixer_norm(x)
             z = y if self.mlp_norm is None else self.mlp_norm(x)
-            mixed = self.branch(self.mixer(y, scene), self.mixer_scale)
-            return add(add(mixed, self.branch(self.think(z, scene), self.mlp_scale)), x)
-        x = self.add(x, lambda y: self.mixer(y, scene), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
+            mixed = self.branch(self.mixer(y, inputs), self.mixer_scale)
+            return add(add(mixed, self.branch(self.think(z, inputs), self.mlp_scale)), x)
+        x = self.add(x, lambda y: self.mixer(y, inputs), self.mixer_norm, self.mixer_post_norm, self.mixer_scale)
         if self.cross is not None:
-            x = self.add(x, lambda y: self.cross(y, scene.at, memory, memory_at), self.cross_norm, self.cross_post_norm,
-                         self.cross_scale)
+            x = self.add(x, lambda y: self.cross(y, inputs.at, memory, memory_at), self.cross_norm,
+                         self.cross_post_norm, self.cross_scale)
         if self.mlp is not None:
-            x = self.add(x, lambda y: self.think(y, scene), self.mlp_norm, self.mlp_post_norm, self.mlp_scale)
+            x = self.add(x, lambda y: self.think(y, inputs), self.mlp_norm, self.mlp_post_norm, self.mlp_scale)
         return x
 
-    def think(self, x: Tensor, scene: Scene) -> Tensor:
-        return self.mlp(x, scene.routes) if isinstance(self.mlp, Moe) else self.mlp(x)
+    def think(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        return self.mlp(x, inputs.routes) if isinstance(self.mlp, Moe) else self.mlp(x)
 
     def add(self, x: Tensor, f: Callable[[Tensor], Tensor], norm: nn.Module, post_norm: nn.Module,
             scale: Tensor | None) -> Tensor:

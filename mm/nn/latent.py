@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.kernels import attend
-from mm.nn.attention import Scene
+from mm.nn.attention import AttentionInputs
 from mm.nn.linear import FusedLinear, Linear
 from mm.nn.norm import build_norm
 from mm.positions import rope as rotary
@@ -40,24 +40,24 @@ class LatentAttention(nn.Module):
         self.scale = width**-0.5 if s.scale is None else s.scale
         self.cached = (1, s.rope_dim, s.kv_rank)  # heads, key width and value width of a cache
 
-    def forward(self, x: Tensor, scene: Scene) -> Tensor:
-        q, key, latent = self.project(x, scene)
-        if scene.cache is None:
-            heads = self.unfolded(q, key, latent, scene, scene.at)
+    def forward(self, x: Tensor, inputs: AttentionInputs) -> Tensor:
+        q, key, latent = self.project(x, inputs)
+        if inputs.cache is None:
+            heads = self.unfolded(q, key, latent, inputs, inputs.at)
         else:
-            key, latent, k_at = scene.cache.write(key, latent, scene.write)
+            key, latent, k_at = inputs.cache.write(key, latent, inputs.write)
             look = self.unfolded if self.unfolds(x.shape[1]) else self.absorbed
-            heads = look(q, key, latent, scene, k_at)
+            heads = look(q, key, latent, inputs, k_at)
         return self.out(heads.transpose(1, 2).flatten(2))
 
-    def project(self, x: Tensor, scene: Scene) -> tuple[Tensor, Tensor, Tensor]:
+    def project(self, x: Tensor, inputs: AttentionInputs) -> tuple[Tensor, Tensor, Tensor]:
         """x -> queries (B, H, T, N + P), the rotated key (B, 1, T, P), the latent (B, 1, T, R)."""
         q, latent, key = self.qkv(x)
         q = self.q_up(self.q_norm(q)).unflatten(-1, (self.settings.heads, -1)).transpose(1, 2)
-        plain, turned = q.split((self.settings.nope_dim, self.settings.rope_dim), -1)
-        q = torch.cat([plain, rotary.apply(turned, scene.turn)], -1)
+        plain, rotated = q.split((self.settings.nope_dim, self.settings.rope_dim), -1)
+        q = torch.cat([plain, rotary.apply(rotated, inputs.rotation)], -1)
         latent = self.kv_norm(latent).to(q.dtype)  # under autocast norms give float32
-        return q, rotary.apply(key.unsqueeze(1), scene.turn), latent.unsqueeze(1)
+        return q, rotary.apply(key.unsqueeze(1), inputs.rotation), latent.unsqueeze(1)
 
     def unfolds(self, tokens: int) -> bool:
         """Whether keys and values from all latents (S R H (N + F) products) pay for this many queries, each of which
@@ -65,24 +65,24 @@ class LatentAttention(nn.Module):
         s = self.settings
         return tokens * (2 * s.kv_rank - s.nope_dim - s.value_dim) > s.kv_rank * (s.nope_dim + s.value_dim)
 
-    def unfolded(self, q: Tensor, key: Tensor, latent: Tensor, scene: Scene, k_at: At) -> Tensor:
+    def unfolded(self, q: Tensor, key: Tensor, latent: Tensor, inputs: AttentionInputs, k_at: At) -> Tensor:
         """Heads (B, H, T, F) by keys and values of every head."""
         s = self.settings
         kv = self.kv_up(latent.squeeze(1)).unflatten(-1, (s.heads, -1)).transpose(1, 2)
         plain, v = kv.split((s.nope_dim, s.value_dim), -1)
         k = torch.cat([plain, key.expand(-1, s.heads, -1, -1)], -1)
-        return self.attend(q, k, v, scene, k_at)
+        return self.attend(q, k, v, inputs, k_at)
 
-    def absorbed(self, q: Tensor, key: Tensor, latent: Tensor, scene: Scene, k_at: At) -> Tensor:
+    def absorbed(self, q: Tensor, key: Tensor, latent: Tensor, inputs: AttentionInputs, k_at: At) -> Tensor:
         """Heads (B, H, T, F) by one key (latent, rotated key) and one value (latent) that all heads share."""
         s = self.settings
         to_k, to_v = self.kv_up.weight.unflatten(0, (s.heads, -1)).split((s.nope_dim, s.value_dim), 1)
-        plain, turned = q.split((s.nope_dim, s.rope_dim), -1)
-        q = torch.cat([torch.einsum("bhtn,hnr->bhtr", plain, to_k), turned], -1)
-        latents = self.attend(q, torch.cat([latent, key], -1), latent, scene, k_at)
+        plain, rotated = q.split((s.nope_dim, s.rope_dim), -1)
+        q = torch.cat([torch.einsum("bhtn,hnr->bhtr", plain, to_k), rotated], -1)
+        latents = self.attend(q, torch.cat([latent, key], -1), latent, inputs, k_at)
         return torch.einsum("bhtr,hfr->bhtf", latents, to_v)
 
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, scene: Scene, k_at: At) -> Tensor:
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, k_at: At) -> Tensor:
         s = self.settings
-        return attend(q, k, v, q_at=scene.at, k_at=k_at, sight=s.sight, bias=scene.bias, scale=self.scale,
-                      dropout=s.dropout if self.training else 0.0, seen=scene.seen)
+        return attend(q, k, v, q_at=inputs.at, k_at=k_at, window=s.window, bias=inputs.bias, scale=self.scale,
+                      dropout=s.dropout if self.training else 0.0, seen=inputs.seen)

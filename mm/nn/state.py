@@ -197,7 +197,7 @@ register(Int8Cache)
 @dataclass
 class StackState(State):
     """offset (B,): the position of each row's next token; one `Slots` per distinct cache size, one cache per layer.
-    first: so many tokens stay in sight, in every layer (`Sight.first`)."""
+    first: so many tokens stay in window, in every layer (`Window.first`)."""
 
     offset: Tensor
     slots: list[Slots]

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 from mm import spec
 from mm.errors import InputError
 from mm.kernels.tiled import ROWS
-from mm.nn.attention import Scene
+from mm.nn.attention import AttentionInputs
 from mm.nn.block import Block
 from mm.nn.memory import Memory
 from mm.nn.moe import Route
@@ -35,7 +35,7 @@ class Transformer(nn.Module):
         self.final_norm = build_norm(stack.final_norm, stack.dim)
         self.bias = build_bias(stack.relative, attention(stack.layers[0]).heads) if stack.layers else None
         self.checkpointed: frozenset[int] = frozenset()
-        self.known_sights = {0: [attention(layer).sight for layer in stack.layers]}
+        self.known_windows = {0: [attention(layer).window for layer in stack.layers]}
         self.ropes = list(dict.fromkeys(filter(None, map(shared_rope, stack.layers))))
         self.rope_of = [self.ropes.index(rope) if (rope := shared_rope(layer)) else None for layer in stack.layers]
         self.reset_parameters()
@@ -117,48 +117,49 @@ class Transformer(nn.Module):
             memory_at = memory.at
         elif memory is not None and memory_at is None:
             memory_at = along(*memory.shape[:2], device=x.device)
-        scenes, outputs = self.scenes(at, state, within), [x]
+        layer_inputs, outputs = self.layer_inputs(at, state, within), [x]
         if boxes is not None:
-            scenes = [replace(scene, routes=box) for scene, box in zip(scenes, boxes, strict=True)]
-        for i, (block, scene, memory) in enumerate(zip(self.blocks, scenes, memories, strict=True)):
+            layer_inputs = [replace(inputs, routes=box) for inputs, box in zip(layer_inputs, boxes, strict=True)]
+        for i, (block, inputs, memory) in enumerate(zip(self.blocks, layer_inputs, memories, strict=True)):
             if i in self.checkpointed and torch.is_grad_enabled():
-                x = checkpoint(block, x, scene, memory, memory_at, use_reentrant=False)
+                x = checkpoint(block, x, inputs, memory, memory_at, use_reentrant=False)
             else:
-                x = block(x, scene, memory, memory_at)
+                x = block(x, inputs, memory, memory_at)
             outputs = [*outputs, x] if keep else [x]
         return outputs
 
-    def scenes(self, at: At, state: StackState | None, within: int | None = None) -> list[Scene]:
+    def layer_inputs(self, at: At, state: StackState | None, within: int | None = None) -> list[AttentionInputs]:
         """What each block is shown; rotations are computed once per distinct rope, slots once per distinct size,
-        and once per distinct sight what one tile of queries sees."""
-        turns = [rotary.turn(at.turns, rope, width) for rope, width in self.ropes]
-        sights = self.sights(0 if state is None else state.first)
-        early = {(i, sight.left): rotary.turn(at.position.clamp(max=sight.left), *self.ropes[i])
-                 for i, sight in zip(self.rope_of, sights, strict=True) if sight.first and i is not None}
+        and once per distinct window what one tile of queries sees."""
+        rotations = [rotary.rotation(at.rotary_positions, rope, width) for rope, width in self.ropes]
+        windows = self.windows(0 if state is None else state.first)
+        early = {(i, window.left): rotary.rotation(at.position.clamp(max=window.left), *self.ropes[i])
+                 for i, window in zip(self.rope_of, windows, strict=True) if window.first and i is not None}
         writes = {(slots.size, slots.first): slots.write(at, within) for slots in (state.slots if state else ())}
         one_tile = not torch.compiler.is_exporting() and at.position.shape[1] <= ROWS
-        seen: dict[tuple[int, spec.Sight], Seen] = {}
-        scenes = []
-        for k, (i, sight) in enumerate(zip(self.rope_of, sights, strict=True)):
-            turned = (None, None) if i is None else (turns[i], early.get((i, sight.left)))
+        seen: dict[tuple[int, spec.Window], Seen] = {}
+        layer_inputs = []
+        for k, (i, window) in enumerate(zip(self.rope_of, windows, strict=True)):
+            rotated = (None, None) if i is None else (rotations[i], early.get((i, window.left)))
             if state is None:
-                scenes.append(Scene(at, sight, *turned, self.bias))
+                layer_inputs.append(AttentionInputs(at, window, *rotated, self.bias))
                 continue
             cache = state.caches[k]
             size = cache.k.shape[2] - 1
-            write = writes[size, sight.first]
-            if one_tile and (size, sight) not in seen:
-                seen[size, sight] = Seen.of(visible(at, cache.sees(write), sight), at.whole)
-            scenes.append(Scene(at, sight, *turned, self.bias, cache, write, seen.get((size, sight))))
-        return scenes
+            write = writes[size, window.first]
+            if one_tile and (size, window) not in seen:
+                seen[size, window] = Seen.of(visible(at, cache.sees(write), window), at.whole)
+            mask = seen.get((size, window))
+            layer_inputs.append(AttentionInputs(at, window, *rotated, self.bias, cache, write, mask))
+        return layer_inputs
 
-    def sights(self, first: int) -> list[spec.Sight]:
+    def windows(self, first: int) -> list[spec.Window]:
         """How far each layer sees where at least so many positions stay in sight. Raises InputError where one has no
         window, or an attention that they do not go with."""
-        if first not in self.known_sights:
+        if first not in self.known_windows:
             stack = replace(self.stack, layers=tuple(keeping(layer, first) for layer in self.stack.layers))
-            self.known_sights[first] = [attention(layer).sight for layer in stack.layers]
-        return self.known_sights[first]
+            self.known_windows[first] = [attention(layer).window for layer in stack.layers]
+        return self.known_windows[first]
 
     def in_chunks(self, x: Tensor, at: At | None, state: StackState, rows: Tensor | None,
                   memory: Tensor | Memory | None, memory_at: At | None, within: int | None) -> Tensor:
@@ -175,18 +176,18 @@ class Transformer(nn.Module):
         """An empty stream of `batch` rows. A layer with a window keeps `left + chunk` slots, one without `length`;
         past `length` it forgets its oldest tokens. Inputs longer than `chunk` are split where a window needs it.
         cache: keys and values as they are, or in 8 bits with a scale per token and head. first: so many tokens at the
-        beginning stay in sight (`Sight.first`), in layers that all have windows. Raises InputError."""
+        beginning stay in sight (`Window.first`), in layers that all have windows. Raises InputError."""
         here = next(self.parameters())
         dtype, device = dtype or here.dtype, device or here.device
-        sights = self.sights(first)
-        sizes = [cache_size(sight, length, chunk) for sight in sights]
-        kinds = zip(sizes, (sight.first for sight in sights), strict=True)
+        windows = self.windows(first)
+        sizes = [cache_size(window, length, chunk) for window in windows]
+        kinds = zip(sizes, (window.first for window in windows), strict=True)
         slots = [Slots(torch.full((batch, size + 1, 3), EMPTY, dtype=torch.long, device=device), kept)
                  for size, kept in dict.fromkeys(kinds)]
         caches = []
-        for block, size, sight, rope in zip(self.blocks, sizes, sights, self.rope_of, strict=True):
+        for block, size, window, rope in zip(self.blocks, sizes, windows, self.rope_of, strict=True):
             heads, width, value_width = block.mixer.cached
-            widths = (2 * width if sight.first and rope is not None else width, value_width)
+            widths = (2 * width if window.first and rope is not None else width, value_width)
             k, v = (torch.zeros(batch, heads, size + 1, width, dtype=dtype, device=device) for width in widths)
             caches.append(KVCache(k, v) if cache == "full" else Int8Cache.like(k, v))
         ring = any(size != length for size in sizes)
@@ -213,9 +214,9 @@ class Transformer(nn.Module):
 def keeping(layer: spec.Layer, first: int) -> spec.Layer:
     """The same layer with at least so many positions that stay in sight."""
     heads = attention(layer)
-    if heads.sight.first >= first:
+    if heads.window.first >= first:
         return layer
-    kept = replace(heads, sight=replace(heads.sight, first=first))
+    kept = replace(heads, window=replace(heads.window, first=first))
     return replace(layer, mixer=kept if heads is layer.mixer else replace(layer.mixer, base=kept))
 
 
@@ -227,14 +228,14 @@ def shared_rope(layer: spec.Layer) -> tuple[spec.Rope, int] | None:
     return heads.rope, heads.head_dim
 
 
-def cache_size(sight: spec.Sight, length: int | None, chunk: int) -> int:
+def cache_size(window: spec.Window, length: int | None, chunk: int) -> int:
     """Slots that make streaming equal to offline at any chunking up to `chunk`."""
-    if sight.right is None or sight.right > 0:
-        raise InputError(f"a layer that looks {'ahead' if sight.right is None else f'{sight.right} tokens ahead'} "
-                         "cannot stream: its sight must have right=0")
-    reach = min(r for r in (sight.left, sight.chunk and sight.chunk - 1, float("inf")) if r is not None)
+    if window.right is None or window.right > 0:
+        raise InputError(f"a layer that looks {'ahead' if window.right is None else f'{window.right} tokens ahead'} "
+                         "cannot stream: its window must have right=0")
+    reach = min(r for r in (window.left, window.chunk and window.chunk - 1, float("inf")) if r is not None)
     if reach == float("inf") and length is None:
         raise InputError("a layer without a window needs init_state(length=...), the longest stream in tokens")
-    if length is not None and length <= sight.first:
-        raise InputError(f"a stream of length {length} is too short for {sight.first} positions that stay in sight")
+    if length is not None and length <= window.first:
+        raise InputError(f"a stream of length {length} is too short for {window.first} positions that stay in sight")
     return int(min(reach + chunk, length or float("inf")))

@@ -19,7 +19,7 @@ from mm.tree import register
 
 
 @dataclass(frozen=True)
-class Turn:
+class Rotation:
     """Rotations to apply. cos, sin: (B, 1 or H, T, R), each angle already laid out over the R rotated channels;
     `sin` carries the sign of the pair's partner, so that the rotation is `x * cos + partner(x) * sin`."""
 
@@ -33,10 +33,10 @@ class Turn:
         return torch.complex(self.cos[..., ::2], self.sin[..., 1::2])
 
 
-register(Turn, meta=("layout",))
+register(Rotation, meta=("layout",))
 
 
-def turn(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = None) -> Turn:
+def rotation(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = None) -> Rotation:
     """Rotations for positions (B, T) or (B, T, A); `learned` (A, H, R/2) holds the frequencies of `Mixed` axes.
 
     Raises InputError when a rope of several axes meets positions of another rank."""
@@ -52,11 +52,11 @@ def turn(positions: Tensor, rope: Rope, head_dim: int, learned: Tensor | None = 
     half = half * rope.frequency if rope.frequency != 1.0 else half
     cos, sin = half.cos() * gain, half.sin() * gain
     if rope.layout == "half":
-        return Turn(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), rope.layout)
-    return Turn(cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2), rope.layout)
+        return Rotation(torch.cat([cos, cos], -1), torch.cat([-sin, sin], -1), rope.layout)
+    return Rotation(cos.repeat_interleave(2, -1), torch.stack([-sin, sin], -1).flatten(-2), rope.layout)
 
 
-def apply(x: Tensor, by: Turn) -> Tensor:
+def apply(x: Tensor, by: Rotation) -> Tensor:
     """x: (B, H, T, E) -> (B, H, T, E); the first R channels turn, at least in float32."""
     width = by.cos.shape[-1]
     if width < x.shape[-1]:
@@ -69,7 +69,7 @@ def apply(x: Tensor, by: Turn) -> Tensor:
     return torch.addcmul(wide * by.cos, partner, by.sin).to(x.dtype)
 
 
-def spun(x: Tensor, by: Turn) -> Tensor:
+def spun(x: Tensor, by: Rotation) -> Tensor:
     """Neighbouring channels turned as complex numbers: one pass over x, where compilers prefer real ones."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * by.circle).flatten(-2)
 
@@ -151,15 +151,15 @@ def dynamic_ntk(ntk: spec.DynamicNTK, theta: float, exponent: Tensor, width: int
 
 def llama3(scaling: spec.Llama3Scaling, plain: Tensor) -> Tensor:
     """Long wavelengths are stretched by the factor, short ones kept, those between blended (Llama 3.1)."""
-    turns = scaling.original * plain / (2 * math.pi)
-    keep = ((turns - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
+    rotations = scaling.original * plain / (2 * math.pi)
+    keep = ((rotations - scaling.low) / (scaling.high - scaling.low)).clamp(0, 1)
     return keep * plain + (1 - keep) * plain / scaling.factor
 
 
 def yarn_blend(yarn: spec.Yarn, theta: float, plain: Tensor, width: int) -> Tensor:
     """Fast angles extrapolate, slow ones interpolate, with a linear ramp over the index (Peng et al., 2023)."""
-    def index(turns: float) -> float:
-        return width * math.log(yarn.original / (turns * 2 * math.pi)) / (2 * math.log(theta))
+    def index(rotations: float) -> float:
+        return width * math.log(yarn.original / (rotations * 2 * math.pi)) / (2 * math.log(theta))
     low, high = index(yarn.beta_fast), index(yarn.beta_slow)
     if yarn.truncate:
         low, high = math.floor(low), math.ceil(high)

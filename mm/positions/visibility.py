@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from mm.spec import EVERYWHERE, Sight
+from mm.spec import EVERYWHERE, Window
 from mm.tree import register
 
 EMPTY = -1  # the position of a slot or a padding token that does not exist
@@ -33,7 +33,7 @@ class At:
     whole: bool = False
 
     @property
-    def turns(self) -> Tensor:
+    def rotations(self) -> Tensor:
         """What a rotary embedding reads: (B, T) or (B, T, A)."""
         return self.position if self.coords is None else self.coords
 
@@ -73,22 +73,22 @@ def packed(document: Tensor) -> At:
     return At(torch.where(document < 0, EMPTY, index - start), document=document)
 
 
-def visible(q_at: At, k_at: At, sight: Sight) -> Tensor:
+def visible(q_at: At, k_at: At, window: Window) -> Tensor:
     """(B, T, S) bool: whether query token t sees key token s.
 
-    A key is seen when it exists, lies in the same document and within the sight; a prefix key ignores the sight's
+    A key is seen when it exists, lies in the same document and within the window; a prefix key ignores the window's
     right edge; a key at `ANYWHERE` is seen by all. The first positions that stay in sight take the place of as many.
     """
     q, k = q_at.position.unsqueeze(-1), k_at.position.unsqueeze(-2)
     seen = k >= 0
-    if sight.right is not None:
-        near = k <= q + sight.right
+    if window.right is not None:
+        near = k <= q + window.right
         seen = seen & (near if k_at.prefix is None else near | k_at.prefix.unsqueeze(-2))
-    if sight.left is not None:
-        near = k >= q - sight.left + sight.first
-        seen = seen & (near | (k < sight.first) if sight.first else near)
-    if sight.chunk is not None:
-        seen = seen & (k // sight.chunk == q // sight.chunk)
+    if window.left is not None:
+        near = k >= q - window.left + window.first
+        seen = seen & (near | (k < window.first) if window.first else near)
+    if window.chunk is not None:
+        seen = seen & (k // window.chunk == q // window.chunk)
     if q_at.document is not None and k_at.document is not None:
         seen = seen & (q_at.document.unsqueeze(-1) == k_at.document.unsqueeze(-2))
     return (seen | (k == ANYWHERE)).expand(-1, q.shape[1], -1)
@@ -125,6 +125,6 @@ class Seen:
 register(Seen)
 
 
-def all_visible(q_at: At, k_at: At, sight: Sight) -> bool:
+def all_visible(q_at: At, k_at: At, window: Window) -> bool:
     """Whether, by structure alone, every query sees every key."""
-    return sight == EVERYWHERE and k_at.whole and (q_at.document is None or k_at.document is None)
+    return window == EVERYWHERE and k_at.whole and (q_at.document is None or k_at.document is None)

@@ -24,7 +24,7 @@ from mm.spec.positions import (
     Rope,
     Scaling,
     Sections,
-    Sight,
+    Window,
     Yarn,
 )
 from mm.spec.seq2seq import Seq2SeqSpec, check_memory

@@ -72,9 +72,9 @@ def plain(layer: Layer) -> bool:
     """Whether a layer is of the kind that the depth transformer has."""
     a, mlp = layer.mixer, layer.mlp
     return (isinstance(a, Attention) and isinstance(mlp, Mlp) and layer.cross is None and layer.placement == "pre"
-            and layer.mixer_norm and not (a.q_bias or a.k_bias or a.v_bias or a.out_bias) and a.sight.right == 0
-            and a.sight.left is None and a.sight.chunk is None and mlp.gated and not (mlp.up_bias or mlp.down_bias)
-            and a == Attention(heads=a.heads, kv_heads=a.kv_heads, head_dim=a.head_dim, sight=a.sight, rope=a.rope,
+            and layer.mixer_norm and not (a.q_bias or a.k_bias or a.v_bias or a.out_bias) and a.window.right == 0
+            and a.window.left is None and a.window.chunk is None and mlp.gated and not (mlp.up_bias or mlp.down_bias)
+            and a == Attention(heads=a.heads, kv_heads=a.kv_heads, head_dim=a.head_dim, window=a.window, rope=a.rope,
                                q_bias=False, k_bias=False, v_bias=False, out_bias=False)
             and mlp == Mlp(hidden=mlp.hidden, act=mlp.act, gated=True, up_bias=False, down_bias=False))
 

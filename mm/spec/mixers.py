@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from mm.spec.norms import Norm, RMSNorm
-from mm.spec.positions import CAUSAL, EVERYWHERE, DynamicNTK, LongRope, Mixed, Rope, Sight
+from mm.spec.positions import CAUSAL, EVERYWHERE, DynamicNTK, LongRope, Mixed, Rope, Window
 from mm.spec.schema import require, require_rates, spec
 
 
@@ -42,7 +42,7 @@ class Attention:
     heads: int
     kv_heads: int
     head_dim: int
-    sight: Sight = EVERYWHERE
+    window: Window = EVERYWHERE
     rope: Rope | None = None
     q_bias: bool = True
     k_bias: bool = True
@@ -66,7 +66,7 @@ class Attention:
             self.rope.check(self.head_dim)
             mixed = isinstance(self.rope.axes, Mixed)
             require(not mixed or self.heads == self.kv_heads, "learned mixed axes need a key head per query head")
-        if self.sight.first:
+        if self.window.first:
             by_length = self.rope is not None and isinstance(self.rope.scaling, DynamicNTK | LongRope)
             late = self.qk_norm is not None and self.qk_norm.after_rope
             require(not (by_length or late or self.extra_key or (self.rope is not None and self.rope.axes)),
@@ -87,7 +87,7 @@ class Latent:
     value_dim: int
     rope: Rope
     q_rank: int | None = None
-    sight: Sight = CAUSAL
+    window: Window = CAUSAL
     bias: bool = False
     scale: float | None = None
     norm: Norm = RMSNorm()
@@ -98,7 +98,7 @@ class Latent:
         require(min(sizes) > 0, "Latent needs positive sizes")
         require_rates(self, "dropout")
         require(not isinstance(self.rope.axes, Mixed), "latent attention has no learned mixed axes")
-        require(self.sight.first == 0, "latent attention has no positions that stay in sight")
+        require(self.window.first == 0, "latent attention has no positions that stay in sight")
         self.rope.check(self.rope_dim)
 
     @property

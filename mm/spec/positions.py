@@ -125,10 +125,10 @@ class Buckets:
 
 
 @spec
-class Sight:
+class Window:
     """How far a token sees: `left` and `right` count positions beside its own (None: without limit), `chunk` cuts the
-    axis into blocks that do not see each other. Causal is `Sight(right=0)`; Mistral's window W is `left=W - 1`.
-    `first`: so many positions at the beginning stay in sight, in place of the oldest of a window, and as near as those
+    axis into blocks that do not see each other. Causal is `Window(right=0)`; Mistral's window W is `left=W - 1`.
+    `first`: so many positions at the beginning stay in window, in place of the oldest of a window, and as near as those
     were (attention sinks: Xiao et al., 2023, StreamingLLM)."""
 
     left: int | None = None
@@ -141,9 +141,9 @@ class Sight:
         require(self.first == 0 or (causal and 0 < self.first <= self.left),
                 f"{self.first} positions that stay in sight need a causal window that is longer")
         for name in ("left", "right"):
-            require(getattr(self, name) is None or getattr(self, name) >= 0, f"Sight.{name} must not be negative")
-        require(self.chunk is None or self.chunk > 0, "Sight.chunk must be positive")
+            require(getattr(self, name) is None or getattr(self, name) >= 0, f"Window.{name} must not be negative")
+        require(self.chunk is None or self.chunk > 0, "Window.chunk must be positive")
 
 
-CAUSAL = Sight(right=0)
-EVERYWHERE = Sight()
+CAUSAL = Window(right=0)
+EVERYWHERE = Window()

@@ -7,8 +7,10 @@ import hashlib
 import json
 import types
 import typing
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
+from types import MappingProxyType
 from typing import Any, Literal
 
 from mm.errors import InputError
@@ -36,6 +38,10 @@ def spec(cls: type) -> type:
 
 
 SPECS: dict[str, type] = {}
+# Names that version 0.1 wrote. Its files still open, and its names are those that a fingerprint is made of, so that
+# an index or a file of codes goes on to know the model that wrote it.
+FIRST_NAMES = {"Window": "Sight", "window": "sight"}
+TODAY = {first: today for today, first in FIRST_NAMES.items()}
 
 
 def require(holds: bool, sentence: str) -> None:
@@ -70,14 +76,16 @@ def fits(value: Any, kind: Any) -> bool:
     return isinstance(value, kind)
 
 
-def to_data(value: Any) -> Any:
-    """A spec as plain dicts and lists; each dict names its class and leaves out defaults."""
+def to_data(value: Any, names: Mapping[str, str] = MappingProxyType({})) -> Any:
+    """A spec as plain dicts and lists; each dict names its class and leaves out defaults. `names` replaces some names
+    of classes and fields."""
     if dataclasses.is_dataclass(value):
-        fields = {f.name: to_data(getattr(value, f.name)) for f in dataclasses.fields(value)
+        kind = type(value).__name__
+        fields = {names.get(f.name, f.name): to_data(getattr(value, f.name), names) for f in dataclasses.fields(value)
                   if f.default is dataclasses.MISSING or getattr(value, f.name) != f.default}
-        return {"is": type(value).__name__, **fields}
+        return {"is": names.get(kind, kind), **fields}
     if isinstance(value, list | tuple):
-        return [to_data(item) for item in value]
+        return [to_data(item, names) for item in value]
     whole = isinstance(value, float) and value.is_integer()
     return int(value) if whole else value  # equal specs are written alike
 
@@ -88,10 +96,11 @@ def from_data(data: Any, where: str = "spec") -> Any:
         return tuple(from_data(item, f"{where}[{i}]") for i, item in enumerate(data))
     if not isinstance(data, dict):
         return data
-    cls = SPECS.get(str(data.get("is")))
+    name = str(data.get("is"))
+    cls = SPECS.get(TODAY.get(name, name))
     require(cls is not None, f"{where}: {data.get('is')!r} is not a kind of spec")
     kinds = field_types(cls)
-    given = {key: value for key, value in data.items() if key != "is"}
+    given = {TODAY.get(key, key): value for key, value in data.items() if key != "is"}
     unknown = sorted(set(given) - set(kinds))
     require(not unknown, f"{where}: {cls.__name__} has no field {', '.join(unknown)}")
     values = {key: from_data(value, f"{where}.{key}") for key, value in given.items()}
@@ -105,7 +114,7 @@ def from_data(data: Any, where: str = "spec") -> Any:
 
 def fingerprint(value: Any) -> str:
     """Sixteen hex digits that name a spec."""
-    return hashlib.sha256(json.dumps(to_data(value), sort_keys=True).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(to_data(value, FIRST_NAMES), sort_keys=True).encode()).hexdigest()[:16]
 
 
 def to_json(value: Any) -> str:

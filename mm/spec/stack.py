@@ -62,12 +62,12 @@ class Stack:
         require(self.relative is None or len(heads) == 1, "layers that share a position bias need equal heads")
         extra = any(attention(layer).extra_key for layer in self.layers)
         require(self.relative is None or not extra, "an extra key has no position for a position bias")
-        first = any(attention(layer).sight.first for layer in self.layers)
+        first = any(attention(layer).window.first for layer in self.layers)
         require(self.relative is None or not first, "positions that stay in sight have no distance for a position bias")
 
 
 def attention(layer: Layer) -> Attention | Latent:
-    """The attention inside a layer's mixer: its heads, sight and rope."""
+    """The attention inside a layer's mixer: its heads, window and rope."""
     return layer.mixer.base if isinstance(layer.mixer, Differential) else layer.mixer
 
 

@@ -19,7 +19,7 @@ from mm.nn.linear import add, each, linear, multiply
 from mm.nn.mlp import ACTIVATIONS
 from mm.nn.norm import build_norm
 from mm.positions import rope as rotary
-from mm.positions.rope import Turn
+from mm.positions.rope import Rotation
 from mm.positions.visibility import At, along
 from mm.speech.streams import CodeTables, TextTable, column
 
@@ -102,18 +102,20 @@ class StepAttention(nn.Module):
         self.qkv = StepLinear(sets, dim, sum(self.heads) * s.head_dim)
         self.out = StepLinear(sets, s.heads * s.head_dim, dim)
 
-    def forward(self, x: Tensor, turn: Turn | None) -> Tensor:
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
         heads = self.qkv(x).unflatten(-1, (-1, self.settings.head_dim)).permute(1, 2, 0, 3)
         at = along(x.shape[1], x.shape[0], device=x.device)
-        y = attend(*heads.split(self.heads, 1), q_at=at, k_at=at, sight=self.settings.sight, q_turn=turn, k_turn=turn)
+        y = attend(*heads.split(self.heads, 1), q_at=at, k_at=at, window=self.settings.window, q_rope=rotation,
+                   k_rope=rotation)
         return self.out(y.permute(2, 0, 1, 3).flatten(2))
 
-    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor], at: tuple[At, At]) -> Tensor:
+    def step(self, x: Tensor, k: int, rotation: Rotation | None, cache: tuple[Tensor, Tensor],
+             at: tuple[At, At]) -> Tensor:
         """x: (B, D) -> (B, D)."""
         heads = self.qkv.step(x, k).unflatten(-1, (-1, 1, self.settings.head_dim))
         q, key, value = heads.split(self.heads, 1)
-        if turn is not None:
-            q, key = rotary.apply(q, turn), rotary.apply(key, turn)
+        if rotation is not None:
+            q, key = rotary.apply(q, rotation), rotary.apply(key, rotation)
         for held, new in zip(cache, (key, value), strict=True):
             held[:, :, k:k + 1] = new
         keys, values = (held[:, :, :k + 1] for held in cache)
@@ -168,12 +170,13 @@ class DepthBlock(nn.Module):
             nn.init.constant_(self.mixer_scale, self.initial)
             nn.init.constant_(self.mlp_scale, self.initial)
 
-    def forward(self, x: Tensor, turn: Turn | None) -> Tensor:
-        x = add(scaled(self.mixer(self.mixer_norm(x), turn), self.mixer_scale), x)
+    def forward(self, x: Tensor, rotation: Rotation | None) -> Tensor:
+        x = add(scaled(self.mixer(self.mixer_norm(x), rotation), self.mixer_scale), x)
         return add(scaled(self.mlp(self.mlp_norm(x)), self.mlp_scale), x)
 
-    def step(self, x: Tensor, k: int, turn: Turn | None, cache: tuple[Tensor, Tensor], at: tuple[At, At]) -> Tensor:
-        x = add(scaled(self.mixer.step(self.mixer_norm(x), k, turn, cache, at), self.mixer_scale), x)
+    def step(self, x: Tensor, k: int, rotation: Rotation | None, cache: tuple[Tensor, Tensor],
+             at: tuple[At, At]) -> Tensor:
+        x = add(scaled(self.mixer.step(self.mixer_norm(x), k, rotation, cache, at), self.mixer_scale), x)
         return add(scaled(self.mlp.step(self.mlp_norm(x), k), self.mlp_scale), x)
 
 
@@ -192,14 +195,14 @@ class DepthStack(nn.Module):
         steps = len(sets) if settings.sets > 1 else 1
         self.final_norm = StepNorm(stack.final_norm, steps, stack.dim) if stack.final_norm else None
 
-    def turn(self, positions: Tensor) -> Turn | None:
+    def rotation(self, positions: Tensor) -> Rotation | None:
         mixer = self.stack.layers[0].mixer
-        return None if mixer.rope is None else rotary.turn(positions, mixer.rope, mixer.head_dim)
+        return None if mixer.rope is None else rotary.rotation(positions, mixer.rope, mixer.head_dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        turn = self.turn(torch.arange(len(x), device=x.device).unsqueeze(0))
+        rotation = self.rotation(torch.arange(len(x), device=x.device).unsqueeze(0))
         for block in self.blocks:
-            x = block(x, turn)
+            x = block(x, rotation)
         return x if self.final_norm is None else self.final_norm(x)
 
     def cache(self, batch: int, steps: int, like: Tensor) -> Cache:
@@ -212,9 +215,9 @@ class DepthStack(nn.Module):
 
     def step(self, x: Tensor, k: int, cache: Cache) -> Tensor:
         """x: (B, D) of step k, after those before it -> (B, D)."""
-        turn = self.turn(torch.full((1, 1), k, device=x.device)) if self.stack.layers[0].mixer.rope else None
+        rotation = self.rotation(torch.full((1, 1), k, device=x.device)) if self.stack.layers[0].mixer.rope else None
         for block, held in zip(self.blocks, cache.layers, strict=True):
-            x = block.step(x, k, turn, held, cache.at[k])
+            x = block.step(x, k, rotation, held, cache.at[k])
         if self.final_norm is None:
             return x
         i = min(k, len(self.final_norm.weight) - 1)

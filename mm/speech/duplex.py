@@ -141,12 +141,12 @@ class DuplexLM(Pretrained):
                    chunk: int = 1, dtype: torch.dtype | None = None, device: torch.device | str | None = None,
                    cache: Literal["full", "int8"] = "full", sinks: int = 0) -> DuplexState:
         """`batch` sessions that have not begun. conditions: values by name, one a session. text, audio: how tokens are
-        chosen (`mm.speech.dialogue.TEXT` and `AUDIO` are the official settings). length: frames that a session remembers where
+        chosen (`dialogue.TEXT` and `AUDIO` are the official settings). length: frames that a session remembers where
         a layer has no window (default: the context); chunk: the most frames that a prompt is read in at once; sinks:
-        the first so many frames stay in sight, in place of a window's oldest (`Sight.first`). Raises InputError."""
+        the first so many frames stay in sight, in place of a window's oldest (`Window.first`). Raises InputError."""
         rows, s = batch * (1 if guidance is None else 2), self.spec
         device = torch.device(device or self.text.weight.device)
-        windows = [spec.attention(layer).sight.left for layer in s.stack.layers]
+        windows = [spec.attention(layer).window.left for layer in s.stack.layers]
         most = None if None not in windows else max(length or s.context, *(chunk + (left or 0) for left in windows))
         stack = self.stack.init_state(rows, length=most, chunk=chunk, dtype=dtype, device=device, cache=cache,
                                       first=sinks)
@@ -188,7 +188,7 @@ class DuplexLM(Pretrained):
 
     def step(self, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None, given: Tensor | None = None,
              hooks: Hooks = NO_HOOKS) -> Frame:
-        """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`mm.speech.dialogue`
+        """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`dialogue`
         says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
         this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state, and on a
         CPU where tokens, heard or given, are none of the model's."""

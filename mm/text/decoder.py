@@ -61,7 +61,7 @@ class TextDecoder(Pretrained):
         or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
         which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
         rows: (B,) bool, those that advance. memory: (B, S, M) of an encoder, or `remember` of it, once for many steps.
-        routes: a list that gets the route of every mixture of experts (`mm.nn.balance`). within: a bound that the caller
+        routes: a list that gets the route of every mixture of experts (`nn.balance`). within: a bound that the caller
         knows of all positions in the state and the call, so that no more is looked at. Raises InputError on wrong
         shapes or dtypes; values are not read.
         """

@@ -64,7 +64,7 @@ class Seq2Seq(Pretrained):
     def generate(self, texts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
                  beams: Beams | None = None, cache: Cache = "full",
                  on_text: Callable[[int, str], None] | None = None) -> list[Output]:
-        """The answer to each text or row of ids: see `mm.decode.generate.generate`. A text gets the tokens that its tokenizer
+        """The answer to each text or row of ids: see `decode.generate`. A text gets the tokens that its tokenizer
         puts around it. Raises InputError for texts that do not fit the model."""
         rows = prompt_ids(self.decoder, texts, whole=True)
         table = self.spec.encoder.embed.positions

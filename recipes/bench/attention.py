@@ -14,7 +14,7 @@ from torch import Tensor
 
 from mm.errors import InputError
 from mm.kernels.problem import Problem
-from mm.spec import CAUSAL, Buckets, Rope, Sight
+from mm.spec import CAUSAL, Buckets, Rope, Window
 
 from .attention_check import DROPPED, LONG, TOLERANCE, checks
 from .attention_compile import MATRIX, in_processes, try_compiling
@@ -38,14 +38,14 @@ from .attention_time import (
 )
 from .report import Case, report
 
-CAUSALLY = dict(sight=CAUSAL)
+CAUSALLY = dict(window=CAUSAL)
 # TFLOP/s to reach on one H200, None where only told: forward, backward, and forward where warps specialise
 PLAIN = {"head 128, full, 8192 tokens": (Question(), 480, 300, 560),
          "head 128, causal, 8192 tokens": (Question(**CAUSALLY), 430, None, None),
          "head 64, full, 8192 tokens": (Question(heads=32, kv=32, width=64), 400, None, None)}
 LONGER = dict(batch=1, kv=4, length=16384)
 # how many times faster than SDPA with a mask and than FlexAttention
-BEYOND = {"window 1024 in 16384, GQA 4:1": (Question(**LONGER, sight=Sight(left=1023, right=0)), 2.0, 1.2),
+BEYOND = {"window 1024 in 16384, GQA 4:1": (Question(**LONGER, window=Window(left=1023, right=0)), 2.0, 1.2),
           "packed documents of 512 in 16384, GQA 4:1": (Question(**LONGER, tokens="documents", **CAUSALLY), 3.0, 1.1),
           "softcap, causal, 8192 tokens": (Question(softcap=30.0, **CAUSALLY), None, 1.5),
           "learned sinks, causal, 8192 tokens": (Question(sinks=True, **CAUSALLY), None, 1.5),
@@ -147,7 +147,7 @@ def plain_run(name: str, question: Question, floors: list[float | None], ceiling
               device: torch.device) -> Iterator[Case]:
     """TFLOP/s, on Hopper also of the kernel whose warps specialise, and the vendors' kernels."""
     q, k, v, problem, mine = made(question, device)
-    flops = 4 * q.numel() * question.length / (2 if question.sight == CAUSAL else 1)
+    flops = 4 * q.numel() * question.length / (2 if question.window == CAUSAL else 1)
     own = timed(mine, [q, k, v])
     yield from speed(f"{name}, forward", own["forward"], flops, floors[0], ceiling)
     yield from speed(f"{name}, backward", own["backward"], 2.5 * flops, floors[1], ceiling)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from mm.kernels.reference import reference
-from mm.spec import Sight
+from mm.spec import Window
 
 from .attention_questions import CHECKED, Question, weights
 from .attention_time import attempt
@@ -18,7 +18,7 @@ from .report import Case
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WHAT = ("output", "dq", "dk", "dv", "weights", "weights")
 DROPPED = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
-LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, sight=Sight(left=255, right=0))
+LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, window=Window(left=255, right=0))
 
 
 def checks(device: torch.device) -> Iterator[Case]:
@@ -102,7 +102,7 @@ def addressed(device: torch.device) -> float:
 
     (q, k, v), problem = LONG.tensors(device, torch.bfloat16), LONG.problem(device)
     first, end = LONG.length - 8, LONG.length
-    from_key = max(first - LONG.sight.left, 0)
+    from_key = max(first - LONG.window.left, 0)
     with torch.no_grad():
         ours = by_kernel(q, k, v, problem)[-1:, -1:, first:]
         seen = replace(problem, q_at=problem.q_at.rows(first, end), k_at=problem.k_at.rows(from_key, end))

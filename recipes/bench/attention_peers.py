@@ -25,7 +25,7 @@ BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.E
 
 def plain(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> dict[str, Peer]:
     """Of one plain run: SDPA as it chooses and by each fast kernel, FlexAttention, flash-attn where it is installed."""
-    causal = problem.sight == CAUSAL
+    causal = problem.window == CAUSAL
     given = {"SDPA": Peer(lambda: partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal))}
     for backend in BACKENDS:
         given[f"SDPA {backend.name.lower()}"] = Peer(lambda backend=backend: by_backend(backend, q, k, v, causal))
@@ -51,14 +51,14 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
 
 def rotated_first(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
     """RoPE, then SDPA."""
-    causal, turn = problem.sight == CAUSAL, problem.q_turn
-    return lambda: F.scaled_dot_product_attention(rope.apply(q, turn), rope.apply(k, turn), v, is_causal=causal)
+    causal, rotation = problem.window == CAUSAL, problem.q_rope
+    return lambda: F.scaled_dot_product_attention(rope.apply(q, rotation), rope.apply(k, rotation), v, is_causal=causal)
 
 
 def masked(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
     """SDPA with a mask that is made beforehand and not timed. Heads that share keys get copies of them, since its fast
     kernels take no mask otherwise."""
-    mask = visible(problem.q_at, problem.k_at, problem.sight).unsqueeze(1)
+    mask = visible(problem.q_at, problem.k_at, problem.window).unsqueeze(1)
     shared = q.shape[1] // k.shape[1]
 
     def call() -> Tensor:
@@ -69,7 +69,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
 
 def flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
     """FlexAttention compiled, for runs at 0..T-1 and packed documents, with a block mask made beforehand."""
-    everyone = problem.sight == EVERYWHERE and problem.q_at.document is None
+    everyone = problem.window == EVERYWHERE and problem.q_at.document is None
     blocks = None if everyone else create_block_mask(seen(problem), None, None, q.shape[2], k.shape[2], device=q.device)
     how = dict(score_mod=score(problem), block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
     if problem.sinks is None:
@@ -96,14 +96,14 @@ def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def seen(problem: Problem) -> Callable[..., Tensor]:
-    sight, document = problem.sight, problem.q_at.document
+    window, document = problem.window, problem.q_at.document
     document = None if document is None else document[0]
 
     def mask(batch: Any, head: Any, i: Any, j: Any) -> Tensor:
         near = i >= 0
         near = near if document is None else document[i] == document[j]
-        near = near if sight.right is None else near & (j <= i + sight.right)
-        return near if sight.left is None else near & (j >= i - sight.left)
+        near = near if window.right is None else near & (j <= i + window.right)
+        return near if window.left is None else near & (j >= i - window.left)
     return mask
 
 

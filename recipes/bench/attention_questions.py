@@ -12,7 +12,7 @@ from mm.kernels.problem import Bias, Problem
 from mm.positions import rope
 from mm.positions.absolute import AlibiBias, BucketBias
 from mm.positions.visibility import At, along, packed
-from mm.spec import CAUSAL, EVERYWHERE, Alibi, Buckets, Rope, Sight
+from mm.spec import CAUSAL, EVERYWHERE, Alibi, Buckets, Rope, Window
 
 DOCUMENTS = 512  # tokens of a packed document, on average
 
@@ -31,7 +31,7 @@ class Question:
     width: int = 128
     value_width: int | None = None
     tokens: Literal["run", "documents", "ragged", "prefix", "ring"] = "run"
-    sight: Sight = EVERYWHERE
+    window: Window = EVERYWHERE
     softcap: float = 0.0
     sinks: bool = False
     bias: Alibi | Buckets | None = None
@@ -52,9 +52,9 @@ class Question:
 
     def problem(self, device: torch.device) -> Problem:
         q_at, k_at = self.places(device)
-        turn = None if self.rope is None else rope.turn(q_at.position[:1], self.rope, self.width)
+        rotation = None if self.rope is None else rope.rotation(q_at.position[:1], self.rope, self.width)
         sinks = torch.randn(self.heads, device=device, requires_grad=True) if self.sinks else None
-        return Problem(q_at, k_at, self.sight, self.width**-0.5, turn, None if self.tokens == "ring" else turn,
+        return Problem(q_at, k_at, self.window, self.width**-0.5, rotation, None if self.tokens == "ring" else rotation,
                        self.biased(device), sinks, self.softcap, self.dropout)
 
     def places(self, device: torch.device) -> tuple[At, At]:
@@ -90,43 +90,43 @@ def weights(problem: Problem) -> list[Tensor]:
 GROUPED = dict(heads=32, kv=8)
 SMALL = dict(length=333, heads=4, kv=2, width=64)
 FEATURES = {
-    "full": {}, "causal": dict(sight=CAUSAL), "window": dict(sight=Sight(left=40, right=0)),
-    "two-sided window": dict(sight=Sight(left=70, right=30)), "chunks": dict(sight=Sight(right=0, chunk=100)),
-    "documents": dict(tokens="documents", sight=CAUSAL, length=1500),
-    "ragged rows": dict(tokens="ragged", sight=CAUSAL),
-    "a prefix": dict(tokens="prefix", sight=CAUSAL), "more keys": dict(keys=517),
-    "softcap and sinks": dict(softcap=5.0, sinks=True, sight=CAUSAL), "T5 bias": dict(bias=Buckets()),
-    "ALiBi": dict(bias=Alibi(), sight=CAUSAL), "rotation": dict(rope=Rope(dim=32)),
-    "rotation, interleaved": dict(rope=Rope(layout="interleaved")), "groups of 7": dict(heads=14, sight=CAUSAL),
-    **{f"heads {width}/{value}": dict(width=width, value_width=value, sight=CAUSAL)
+    "full": {}, "causal": dict(window=CAUSAL), "window": dict(window=Window(left=40, right=0)),
+    "two-sided window": dict(window=Window(left=70, right=30)), "chunks": dict(window=Window(right=0, chunk=100)),
+    "documents": dict(tokens="documents", window=CAUSAL, length=1500),
+    "ragged rows": dict(tokens="ragged", window=CAUSAL),
+    "a prefix": dict(tokens="prefix", window=CAUSAL), "more keys": dict(keys=517),
+    "softcap and sinks": dict(softcap=5.0, sinks=True, window=CAUSAL), "T5 bias": dict(bias=Buckets()),
+    "ALiBi": dict(bias=Alibi(), window=CAUSAL), "rotation": dict(rope=Rope(dim=32)),
+    "rotation, interleaved": dict(rope=Rope(layout="interleaved")), "groups of 7": dict(heads=14, window=CAUSAL),
+    **{f"heads {width}/{value}": dict(width=width, value_width=value, window=CAUSAL)
        for width, value in ((32, 32), (80, 80), (96, 96), (128, 128), (192, 128), (256, 256))},
     "few queries over many keys": dict(heads=16, length=3, keys=3000),
-    "decoding": dict(tokens="ring", heads=16, length=1, keys=3000, sight=CAUSAL, rope=Rope()),
+    "decoding": dict(tokens="ring", heads=16, length=1, keys=3000, window=CAUSAL, rope=Rope()),
 }
 CHECKED = {name: Question(**{**SMALL, **more}) for name, more in FEATURES.items()}
 
 COMPILED = {
-    "head 64, full": Question(width=64), "head 64, causal": Question(width=64, sight=CAUSAL),
-    "head 80, causal": Question(width=80, sight=CAUSAL), "head 96, causal": Question(width=96, sight=CAUSAL),
-    "head 128, full": Question(), "head 128, causal": Question(sight=CAUSAL),
-    "head 256, causal": Question(width=256, sight=CAUSAL),
-    "head 192/128 (MLA), causal": Question(width=192, value_width=128, sight=CAUSAL),
-    "head 128, window 1024, GQA 4:1": Question(**GROUPED, sight=Sight(left=1023, right=0)),
-    "head 64, documents, GQA 4:1": Question(**GROUPED, width=64, tokens="documents", sight=CAUSAL),
-    "head 128, documents, GQA 4:1": Question(**GROUPED, tokens="documents", sight=CAUSAL),
-    "head 128, ragged rows": Question(tokens="ragged", sight=CAUSAL),
-    "head 128, a prefix": Question(tokens="prefix", sight=CAUSAL),
-    "head 192/128 (MLA), documents": Question(width=192, value_width=128, tokens="documents", sight=CAUSAL),
-    "head 128, softcap, sinks, causal": Question(softcap=30.0, sinks=True, sight=CAUSAL),
+    "head 64, full": Question(width=64), "head 64, causal": Question(width=64, window=CAUSAL),
+    "head 80, causal": Question(width=80, window=CAUSAL), "head 96, causal": Question(width=96, window=CAUSAL),
+    "head 128, full": Question(), "head 128, causal": Question(window=CAUSAL),
+    "head 256, causal": Question(width=256, window=CAUSAL),
+    "head 192/128 (MLA), causal": Question(width=192, value_width=128, window=CAUSAL),
+    "head 128, window 1024, GQA 4:1": Question(**GROUPED, window=Window(left=1023, right=0)),
+    "head 64, documents, GQA 4:1": Question(**GROUPED, width=64, tokens="documents", window=CAUSAL),
+    "head 128, documents, GQA 4:1": Question(**GROUPED, tokens="documents", window=CAUSAL),
+    "head 128, ragged rows": Question(tokens="ragged", window=CAUSAL),
+    "head 128, a prefix": Question(tokens="prefix", window=CAUSAL),
+    "head 192/128 (MLA), documents": Question(width=192, value_width=128, tokens="documents", window=CAUSAL),
+    "head 128, softcap, sinks, causal": Question(softcap=30.0, sinks=True, window=CAUSAL),
     "head 64, T5 bias": Question(width=64, bias=Buckets()), "head 128, T5 bias": Question(bias=Buckets()),
-    "head 64, ALiBi": Question(width=64, bias=Alibi(), sight=CAUSAL),
+    "head 64, ALiBi": Question(width=64, bias=Alibi(), window=CAUSAL),
     "head 64, dropout": Question(width=64, dropout=0.1),
     "head 64, rotation on load (ViT)": Question(width=64, length=197, rope=Rope()),
-    "head 128, rotation on load": Question(length=512, rope=Rope(), sight=CAUSAL),
+    "head 128, rotation on load": Question(length=512, rope=Rope(), window=CAUSAL),
 }
 EXACT = ("head 64, causal", "head 128, causal", "head 256, causal", "head 128, documents, GQA 4:1", "head 64, T5 bias",
          "head 64, rotation on load (ViT)", "head 128, decode, GQA 8:1")  # those compiled for float32 as well
 DECODED = {
     f"head {width}, decode, GQA 8:1": Question(batch=1, heads=64, kv=8, length=1, keys=32768, width=width,
-                                               tokens="ring", rope=Rope(), sight=CAUSAL)
+                                               tokens="ring", rope=Rope(), window=CAUSAL)
     for width in (64, 128, 256)}

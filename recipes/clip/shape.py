@@ -91,7 +91,7 @@ def stack(tower: Tower, causal: bool) -> Stack:
     if tower.width % tower.heads:
         raise InputError(f"a width of {tower.width} cannot be split over {tower.heads} heads")
     mixer = Attention(heads=tower.heads, kv_heads=tower.heads, head_dim=tower.width // tower.heads,
-                      sight=CAUSAL if causal else EVERYWHERE)
+                      window=CAUSAL if causal else EVERYWHERE)
     mlp = Mlp(hidden=int(tower.width * tower.mlp))
     layers = [Layer(mixer=mixer, mlp=mlp, layer_scale=tower.layer_scale, drop_path=rate, dropout=tower.dropout)
               for rate in drop_path_ramp(tower.drop_path, tower.depth)]
@@ -101,6 +101,6 @@ def stack(tower: Tower, causal: bool) -> Stack:
 def can_trim(settings: spec.TextSpec) -> bool:
     """Whether padding behind the longest text changes nothing: it is not seen, or lies behind the end of a causal
     text."""
-    causal = all(layer.mixer.sight.right == 0 for layer in settings.stack.layers)
+    causal = all(layer.mixer.window.right == 0 for layer in settings.stack.layers)
     at_end = isinstance(settings.head.pool, spec.ArgmaxPool | spec.EosPool)
     return settings.pad is not None or (causal and at_end)

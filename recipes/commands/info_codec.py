@@ -34,7 +34,7 @@ def codec_facts(model: Mimi) -> dict[str, Any]:
     return {"rate": s.rate, "channels": s.seanet.channels, "frame": s.frame, "frame_rate": s.frame_rate,
             "codebooks": {"count": q.codebooks, "semantic": q.semantic, "size": q.size, "width": q.dim},
             "bits_per_second": (q.size - 1).bit_length() * s.frame_rate,  # of one codebook
-            "stack": stack_facts(s.encoder) | {"remembers": (layer.sight.left + 1) / s.frame_rate / s.stride},
+            "stack": stack_facts(s.encoder) | {"remembers": (layer.window.left + 1) / s.frame_rate / s.stride},
             "stream_bytes": sum(value.nbytes for _, value in tensors(model.init_state(1, device="meta"))),
             "flops": count_flops(model.to("meta").requires_grad_(False))}
 

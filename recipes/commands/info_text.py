@@ -48,8 +48,8 @@ def windowed(layer: Layer) -> bool:
     """Whether a layer remembers a bounded number of tokens."""
     from mm.spec import attention
 
-    sight = attention(layer).sight
-    return sight.left is not None or sight.chunk is not None
+    window = attention(layer).window
+    return window.left is not None or window.chunk is not None
 
 
 def idle_parameters(model: Pretrained) -> int:

@@ -128,16 +128,16 @@ def codec_heard(job: DuplexJob, data: DuplexModule) -> Mimi:
 def new_spec(shape: DuplexShape, tokenizer: Tokenizer, own: int, heard: int, card: int) -> spec.DuplexSpec:
     """In the layout of Moshi. The text has two tokens more than the tokenizer, if its first ones are words: padding and
     the end of it."""
-    def layer(width: int, heads: int, kv_heads: int | None, sight: spec.Sight, rope: spec.Rope | None) -> spec.Layer:
+    def layer(width: int, heads: int, kv_heads: int | None, window: spec.Window, rope: spec.Rope | None) -> spec.Layer:
         plain = {"q_bias": False, "k_bias": False, "v_bias": False, "out_bias": False}
-        mixer = spec.Attention(heads=heads, kv_heads=kv_heads or heads, head_dim=width // heads, sight=sight, rope=rope,
-                               **plain)
+        mixer = spec.Attention(heads=heads, kv_heads=kv_heads or heads, head_dim=width // heads, window=window,
+                               rope=rope, **plain)
         mlp = spec.Mlp(hidden=-(-int(width * shape.mlp) // 32) * 32, act="silu", gated=True, up_bias=False,
                        down_bias=False)
         return spec.Layer(mixer=mixer, mlp=mlp, norm=NORM)
-    temporal = layer(shape.width, shape.heads, shape.kv_heads, spec.Sight(left=shape.context - 1, right=0),
+    temporal = layer(shape.width, shape.heads, shape.kv_heads, spec.Window(left=shape.context - 1, right=0),
                      spec.Rope(layout="interleaved"))
-    deep = layer(shape.deep_width, shape.deep_heads, None, spec.Sight(right=0), None)
+    deep = layer(shape.deep_width, shape.deep_heads, None, spec.Window(right=0), None)
     sets = min(shape.sets or own, own)
     voices = [[0, *[shape.delay] * (count - 1)][:count] for count in (own, heard)]
     words = tokenizer.vocab_size

@@ -60,7 +60,7 @@ def new_spec(job: LmJob, tokenizer: Tokenizer) -> spec.DecoderSpec | spec.Encode
 def new_decoder(shape: LmShape, vocab: int, context: int) -> spec.DecoderSpec:
     """The layout of Llama or, with `qk_norm`, of Qwen3, with experts of Qwen3-MoE."""
     norm = spec.RMSNorm(eps=1e-5)
-    mixer = replace(attention(shape), sight=spec.CAUSAL, qk_norm=spec.QKNorm(norm=norm) if shape.qk_norm else None)
+    mixer = replace(attention(shape), window=spec.CAUSAL, qk_norm=spec.QKNorm(norm=norm) if shape.qk_norm else None)
     mlp = gated(shape, "silu") if shape.experts is None else mixture(shape, shape.experts)
     layer = spec.Layer(mixer=mixer, mlp=mlp, norm=norm, dropout=shape.dropout)
     stack = spec.Stack(dim=shape.width, layers=(layer,) * shape.depth, final_norm=norm)
@@ -82,7 +82,7 @@ def new_seq2seq(shape: LmShape, vocab: int, context: int, start: int, end: int) 
     """The layout of T5 v1.1, which has no rope."""
     mixer = replace(attention(shape), rope=None, scale=1.0)
     layer = spec.Layer(mixer=mixer, mlp=gated(shape, "gelu_tanh"), norm=spec.RMSNorm(), dropout=shape.dropout)
-    reading = replace(layer, mixer=replace(mixer, sight=spec.CAUSAL), cross=mixer)
+    reading = replace(layer, mixer=replace(mixer, window=spec.CAUSAL), cross=mixer)
     embed = spec.Embed(vocab=vocab, dropout=shape.dropout)
     encoder, decoder = (spec.Stack(dim=shape.width, layers=(one,) * shape.depth, final_norm=one.norm,
                                    relative=spec.Buckets(two_sided=one is layer)) for one in (layer, reading))

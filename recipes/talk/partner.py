@@ -54,7 +54,7 @@ class Partner:
             raise InputError(f"{self.name} cannot be told {odd[0]!r}, " + (f"only {', '.join(words)}" if words else
                                                                            "nor anything else"))
         self.model.condition(self.conditions(1))  # words that the model does not know,
-        self.model.stack.sights(self.sinks)  # and frames that it cannot keep in sight, raise
+        self.model.stack.windows(self.sinks)  # and frames that it cannot keep in sight, raise
 
     @classmethod
     def open(cls, name: str, codec: str | None = None, device: str | None = None,

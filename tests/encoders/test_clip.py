@@ -258,7 +258,7 @@ def test_layouts_are_told_apart_by_content(open_clip_model, hf_model, tmp_path):
     ({"vision": {"pool_type": "avg", "final_ln_after_pool": True}}, "image.head.pool is MeanPool"),
     ({"vision": {"no_ln_pre": True}}, "image.pre_norm is None"),
     ({"vision": {"ls_init_value": 0.1}}, r"image.stack.layers\[0\].layer_scale is 0.1, where it has None"),
-    ({"text": {"no_causal_mask": True}}, "text.stack.layers.*sight.right is None, where it has 0"),
+    ({"text": {"no_causal_mask": True}}, "text.stack.layers.*window.right is None, where it has 0"),
     ({"text": {"proj_bias": True}}, "text.head.proj.bias is True"),
     ({"init_logit_bias": -10.0}, "logit_bias is -10.0, where it has None"),
     ({"vision": {"image_size": [32, 48]}}, r"image.image\[1\] is 48, where it has 32"),

@@ -143,7 +143,7 @@ NORM = spec.RMSNorm(eps=1e-8, order="scale_then_cast")
 
 def layer(heads: int = 4, width: int = 8, hidden: int = 40, left: int | None = None, **changes: Any) -> spec.Layer:
     """A layer as Moshi's are, with grouped queries."""
-    mixer = spec.Attention(heads=heads, kv_heads=heads // 2, head_dim=width, sight=spec.Sight(left=left, right=0),
+    mixer = spec.Attention(heads=heads, kv_heads=heads // 2, head_dim=width, window=spec.Window(left=left, right=0),
                            q_bias=False, k_bias=False, v_bias=False, out_bias=False, **changes)
     mlp = spec.Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
     return spec.Layer(mixer=mixer, mlp=mlp, norm=NORM)

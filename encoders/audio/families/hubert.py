@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Extras, Families, Family, Keys, ensure_kept
-from mm.checkpoint.tables import IDENTITY, Table, Way, rule
+from mm.checkpoint.tables import IDENTITY, Table, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
 from mm.text.families.bart import NAMES as BART_NAMES
@@ -83,7 +83,7 @@ def length(weight: Any) -> Any:
     return weight.norm(dim=(0, 1), keepdim=True)
 
 
-SPLIT = Way(lambda xs: [xs[1] * (xs[0] / length(xs[1]))], lambda xs: [length(xs[0]), xs[0]])
+SPLIT = WeightTransform(lambda xs: [xs[1] * (xs[0] / length(xs[1]))], lambda xs: [length(xs[0]), xs[0]])
 
 
 def table(spec: HubertSpec, names: Iterable[str]) -> Table:

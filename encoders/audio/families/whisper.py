@@ -35,7 +35,7 @@ def spec_of(*, mels: int, frames: int, dim: int, context: int, vocab: int, encod
         if dim % heads:
             raise InputError(f"{heads} heads do not divide a width of {dim}")
         one = {"heads": heads, "kv_heads": heads, "head_dim": dim // heads, "k_bias": False}
-        return Layer(mixer=Attention(**one, sight=CAUSAL if text else EVERYWHERE), mlp=Mlp(hidden=hidden, act=act),
+        return Layer(mixer=Attention(**one, window=CAUSAL if text else EVERYWHERE), mlp=Mlp(hidden=hidden, act=act),
                      cross=Attention(**one) if text else None)
 
     def stack(depth: int, heads: int, hidden: int, *, text: bool) -> Stack:

@@ -10,7 +10,7 @@ from typing import Any
 from mm.checkpoint import family
 from mm.checkpoint.family import Extras, Keys
 from mm.errors import InputError
-from mm.spec import EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Sight, Stack
+from mm.spec import EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack, Window
 
 from ...spec import ArgmaxPool, CLIPSpec, EosPool, TextSpec, TokenPool, ViTSpec
 from ..image import Preprocess
@@ -32,10 +32,10 @@ class Family(family.Family):
     preprocess: Callable[[Path, Any], Any] = pictures
 
 
-def encoder(*, dim: int, depth: int, heads: int, hidden: int, act: str, norm: LayerNorm, sight: Sight = EVERYWHERE,
+def encoder(*, dim: int, depth: int, heads: int, hidden: int, act: str, norm: LayerNorm, window: Window = EVERYWHERE,
             final_norm: bool = True, layer_scale: float | None = None, dropout: float = 0.0) -> Stack:
     """A pre-norm stack of equal layers with biases everywhere."""
-    mixer = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, sight=sight, dropout=dropout)
+    mixer = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, window=window, dropout=dropout)
     layer = Layer(mixer=mixer, mlp=Mlp(hidden=hidden, act=act), norm=norm, layer_scale=layer_scale)
     return Stack(dim=dim, layers=(layer,) * depth, final_norm=norm if final_norm else None)
 
@@ -50,7 +50,7 @@ def a_vit(spec: CLIPSpec, layout: str) -> ViTSpec:
 
 
 def ensure_kept(settings: Any, read_back: Any, layout: str) -> None:
-    """`mm.checkpoint.family.ensure_kept`; how a model trains and how its positions are interpolated are not its identity."""
+    """`family.ensure_kept`; how a model trains and how its positions are interpolated are not its identity."""
     family.ensure_kept(settings, read_back, layout, essence)
 
 

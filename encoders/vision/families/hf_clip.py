@@ -83,7 +83,7 @@ def vision_spec(keys: Keys, embed: int) -> ViTSpec:
 def text_spec(keys: Keys, embed: int) -> TextSpec:
     stack, _ = stack_of(keys)
     spec = TextSpec(vocab=keys.positive("vocab_size"), context=keys.positive("max_position_embeddings"),
-                    stack=encoder(**stack, sight=CAUSAL), head=Head(pool=text_pool(keys), proj=Projection(dim=embed)))
+                    stack=encoder(**stack, window=CAUSAL), head=Head(pool=text_pool(keys), proj=Projection(dim=embed)))
     keys.done(HARMLESS)
     return spec
 

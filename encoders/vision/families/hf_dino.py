@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mm.checkpoint.tables import Rule, Table, Way, fused, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
 from mm.errors import InputError
 from mm.spec import Axial, Layer, Mlp, Rope, Stack
 
@@ -31,13 +31,13 @@ from .hf_common import (
     start,
 )
 from .hf_vit import files
-from .ways import BATCHED, HALVES
+from .transforms import BATCHED, HALVES
 
 V2, REGISTERS, V3 = "dinov2", "dinov2_with_registers", "dinov3_vit"
 TITLES = {V2: "Dinov2", REGISTERS: "Dinov2WithRegisters"}
 MODEL, CLASSIFIER = "model", "classifier"
 # The position of the class token is part of it where registers stand between it and the patches.
-FOLDED = Way(lambda xs: [xs[0][0] + xs[1][0, :1], xs[1][0, 1:]],
+FOLDED = WeightTransform(lambda xs: [xs[0][0] + xs[1][0, :1], xs[1][0, 1:]],
              lambda xs: [xs[0][None], torch.cat([torch.zeros_like(xs[1][:1]), xs[1]])[None]])
 
 

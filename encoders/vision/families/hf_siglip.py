@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from mm.checkpoint.tables import Rule, Table, Way, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import EVERYWHERE, LayerNorm, Mlp
 
@@ -19,7 +19,7 @@ from ..image import Preprocess
 from .common import Extras, Family, Keys, encoder, ensure_kept, pictures
 from .hf_clip import ACTS, HARMLESS, POSITION_IDS, block_rules
 from .hf_common import TO_HF
-from .ways import ONE, flattened
+from .transforms import ONE, flattened
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")
@@ -70,7 +70,7 @@ def text_spec(keys: Keys) -> TextSpec:
     stack = stack_of(keys)
     proj = Projection(dim=keys.positive("projection_size", stack["dim"]), bias=True)
     spec = TextSpec(vocab=keys.positive("vocab_size"), context=keys.positive("max_position_embeddings"),
-                    stack=encoder(**stack, sight=EVERYWHERE), head=Head(pool=TokenPool(index=-1), proj=proj))
+                    stack=encoder(**stack, window=EVERYWHERE), head=Head(pool=TokenPool(index=-1), proj=proj))
     keys.done(HARMLESS | {"eos_token_id"})
     return spec
 
@@ -135,11 +135,11 @@ def table(spec: CLIPSpec, names: Iterable[str]) -> Table:
 
 
 def pool_rules(t: str, o: str, width: int) -> list[Rule]:
-    q_kv = Way(lambda xs: list(xs[0].split((width, 2 * width))), lambda xs: [torch.cat(list(xs))])
+    q_kv = WeightTransform(lambda xs: list(xs[0].split((width, 2 * width))), lambda xs: [torch.cat(list(xs))])
     return [*(rule(f"{t}attention.in_proj_{x}", (f"{o}attention.q.{x}", f"{o}attention.kv.{x}"), q_kv)
               for x in ("weight", "bias")),
             rule(t + "attention.out_proj.{x}", o + "attention.out.{x}"),
-            rule(t + "probe", o + "probe", Way(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])),
+            rule(t + "probe", o + "probe", WeightTransform(lambda xs: [xs[0][0]], lambda xs: [xs[0][None]])),
             rule(t + "layernorm.{x}", o + "norm.{x}"),
             rule(t + "mlp.fc1.{x}", o + "mlp.up.{x}"), rule(t + "mlp.fc2.{x}", o + "mlp.down.{x}")]
 

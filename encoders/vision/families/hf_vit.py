@@ -29,7 +29,7 @@ from .hf_common import (
     one_size,
     start,
 )
-from .ways import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_TOKENS
+from .transforms import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_TOKENS
 
 POOLER, CLASSIFIER, TEACHER, MEAN, MEAN_CLASSIFIER = "pooler", "classifier", "teacher", "mean", "mean classifier"
 KINDS = {  # model type: its architectures, and the prefix of its weights below a head

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from mm.checkpoint.tables import SAME, SCALAR, TRANSPOSED, Rule, Table, Way, reshaped, rule
+from mm.checkpoint.tables import SAME, SCALAR, TRANSPOSED, Rule, Table, WeightTransform, reshaped, rule
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, LayerNorm, Stack
 
@@ -88,10 +88,10 @@ def text_spec(keys: Keys, embed: int, quick: bool) -> TextSpec:
     pool = choice(keys, "pool_type", pools, "argmax")
     bias = keys.take("proj_bias", bool, False)
     proj = choice(keys, "proj_type", {"linear": Projection(dim=embed, bias=bias), "none": None}, "linear")
-    sight = EVERYWHERE if keys.take("no_causal_mask", bool, False) else CAUSAL
+    window = EVERYWHERE if keys.take("no_causal_mask", bool, False) else CAUSAL
     layers = stack_of(keys, dim, heads, norm, quick)
     spec = TextSpec(vocab=keys.positive("vocab_size", 49408), context=keys.positive("context_length", 77),
-                    stack=encoder(**layers, sight=sight), head=Head(pool=pool, proj=proj))
+                    stack=encoder(**layers, window=window), head=Head(pool=pool, proj=proj))
     keys.done(TEXT_HARMLESS)
     return spec
 
@@ -157,7 +157,7 @@ def vision_config(spec: ViTSpec) -> dict[str, Any]:
 def text_config(spec: TextSpec) -> dict[str, Any]:
     pool = spec.head.pool
     config = stack_config(spec.stack) | {"context_length": spec.context, "vocab_size": spec.vocab}
-    if spec.stack.layers[0].mixer.sight != CAUSAL:
+    if spec.stack.layers[0].mixer.window != CAUSAL:
         config["no_causal_mask"] = True
     match pool:
         case EosPool(id=eos):
@@ -232,8 +232,8 @@ def block_rules(theirs: str, ours: str) -> list[Rule]:
 
 def pooler_rules(pool: QueryPool, width: int) -> list[Rule]:
     t, o, d = "visual.attn_pool.", "image.head.pool.", pool.dim
-    q_kv = Way(lambda xs: [xs[0][:d], xs[0][d:]], lambda xs: [torch.cat(list(xs))])
-    k_v = Way(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].chunk(2)))
+    q_kv = WeightTransform(lambda xs: [xs[0][:d], xs[0][d:]], lambda xs: [torch.cat(list(xs))])
+    k_v = WeightTransform(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].chunk(2)))
     weights = [rule(t + "attn.in_proj_weight", (o + "attention.q.weight", o + "attention.kv.weight"), q_kv)]
     if width != d:
         weights = [rule(t + "attn.q_proj_weight", o + "attention.q.weight", SAME),

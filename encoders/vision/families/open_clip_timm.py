@@ -219,7 +219,7 @@ def own_head(spec: CLIPSpec, names: list[str]) -> bool:
 
 def moved(entry: Rule) -> Rule:
     return Rule(tuple(f"visual.trunk.{name}" for name in entry.theirs),
-                tuple(f"image.{name}" for name in entry.ours), entry.way)
+                tuple(f"image.{name}" for name in entry.ours), entry.transform)
 
 
 OPEN_CLIP_TIMM = Family(

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from mm.checkpoint.tables import Rule, Table, Way, fused, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
 from mm.errors import InputError
 from mm.spec import Attention, Axial, Layer, LayerNorm, Mixed, Mlp, Norm, QKNorm, RMSNorm, Rope, Stack
 
@@ -29,9 +29,9 @@ from ...spec import (
     ViTSpec,
 )
 from .timm_common import timm_family
-from .ways import BATCHED, HALVES
+from .transforms import BATCHED, HALVES
 
-PER_LAYER = Way(lambda xs: list(xs[0].unbind(1)), lambda xs: [torch.stack(list(xs), 1)])
+PER_LAYER = WeightTransform(lambda xs: list(xs[0].unbind(1)), lambda xs: [torch.stack(list(xs), 1)])
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool()}
 
 

@@ -23,7 +23,7 @@ from .common import Extras
 from .timm_common import timm_family
 from .timm_eva import PER_LAYER, norm_of, pool_rules, ratio, rope_of
 from .timm_vit import ACTS, head_of
-from .ways import BATCHED, flattened
+from .transforms import BATCHED, flattened
 
 ARCHITECTURE = "naflexvit_base_patch16_siglip"  # without LayerScale, which no argument switches off
 

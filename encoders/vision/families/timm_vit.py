@@ -28,7 +28,7 @@ from ...spec import (
 )
 from .timm_common import timm_family
 from .timm_eva import mlp_rules, norm_of, pool_rules, ratio
-from .ways import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
+from .transforms import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
 
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool(), "avgmax": MeanMaxPool()}
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}

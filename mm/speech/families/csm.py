@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mm.checkpoint.family import Extras, Family, Keys, ensure_kept
-from mm.checkpoint.tables import Table, Way, rule
+from mm.checkpoint.tables import Table, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import Attention, CSMSpec, Depth, Layer, Mlp, RMSNorm, Stack
 from mm.speech.families.hf_moshi import CODEC
@@ -107,17 +107,18 @@ def table(spec: CSMSpec, names: Iterable[str]) -> Table:
     return Table(tuple(rules), {"codec_model.{name}": CODEC} | ({TABLES[0]: COPY} if which == TABLES[1] else {}))
 
 
-ONE = Way(lambda xs: [xs[0].unsqueeze(0)], lambda xs: [xs[0].squeeze(0)])
-TURNED = Way(lambda xs: [xs[0].transpose(1, 2)], lambda xs: [xs[0].transpose(1, 2)])
+ONE = WeightTransform(lambda xs: [xs[0].unsqueeze(0)], lambda xs: [xs[0].squeeze(0)])
+TURNED = WeightTransform(lambda xs: [xs[0].transpose(1, 2)], lambda xs: [xs[0].transpose(1, 2)])
 
 
-def per_codebook(count: int) -> Way:
-    return Way(lambda xs: [xs[0].unflatten(0, (count, -1))], lambda xs: [xs[0].flatten(0, 1)])
+def per_codebook(count: int) -> WeightTransform:
+    return WeightTransform(lambda xs: [xs[0].unflatten(0, (count, -1))], lambda xs: [xs[0].flatten(0, 1)])
 
 
-def together(sizes: list[int]) -> Way:
+def together(sizes: list[int]) -> WeightTransform:
     """Several of theirs are the one set of weights of ours, (1, sum of sizes, D)."""
-    return Way(lambda xs: [torch.cat(list(xs)).unsqueeze(0)], lambda xs: list(xs[0].squeeze(0).split(sizes)))
+    return WeightTransform(lambda xs: [torch.cat(list(xs)).unsqueeze(0)],
+                           lambda xs: list(xs[0].squeeze(0).split(sizes)))
 
 
 def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:

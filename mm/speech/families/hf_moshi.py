@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 from mm.checkpoint.family import Extras, Family, Keys, ensure_kept
-from mm.checkpoint.tables import Rule, Table, Way, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, rule
 from mm.errors import InputError
-from mm.spec import Attention, Depth, DuplexSpec, Layer, Mlp, RMSNorm, Rope, Sight, Stack, TextStream
+from mm.spec import Attention, Depth, DuplexSpec, Layer, Mlp, RMSNorm, Rope, Stack, TextStream, Window
 from mm.speech.families.moshi_weights import HALVES, STACKED, each
 from mm.text.families.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF, act_of, rope_config, rope_of
 
@@ -30,7 +30,7 @@ def to_spec(config: Mapping[str, Any], where: str) -> DuplexSpec:
     rope = rope_of(keys, keys.positive("max_position_embeddings", 3000))
     if rope.scaling is not None:
         raise InputError(f"{where}: rope_parameters should not scale positions in Moshi")
-    layer = to_layer(keys, dim, 32, 22528, Sight(left=window - 1, right=0), Rope(theta=rope.theta,
+    layer = to_layer(keys, dim, 32, 22528, Window(left=window - 1, right=0), Rope(theta=rope.theta,
                                                                                 layout="interleaved"))
     vocab = keys.positive("vocab_size", 32000)
     card = keys.positive("audio_vocab_size", codec.get("codebook_size", 2048))
@@ -39,7 +39,7 @@ def to_spec(config: Mapping[str, Any], where: str) -> DuplexSpec:
                  "max_position_embeddings"):  # those of the whole model, said again
         deep.left.pop(name, None)
     width = deep.positive("hidden_size", 1024)
-    inner = to_layer(deep, width, 16, 5632, Sight(right=0), None)
+    inner = to_layer(deep, width, 16, 5632, Window(right=0), None)
     depth = Depth(stack=Stack(dim=width, layers=(inner,) * deep.positive("num_hidden_layers", 6)),
                   weights=tuple(range(count)))
     for one in (keys, deep):
@@ -51,9 +51,9 @@ def to_spec(config: Mapping[str, Any], where: str) -> DuplexSpec:
                       context=window)
 
 
-def to_layer(keys: Keys, dim: int, heads: int, width: int, sight: Sight, rope: Rope | None) -> Layer:
+def to_layer(keys: Keys, dim: int, heads: int, width: int, window: Window, rope: Rope | None) -> Layer:
     heads = keys.positive("num_attention_heads", heads)
-    mixer = Attention(heads=heads, kv_heads=keys.positive("num_key_value_heads", heads), sight=sight, rope=rope,
+    mixer = Attention(heads=heads, kv_heads=keys.positive("num_key_value_heads", heads), window=window, rope=rope,
                       head_dim=keys.positive("head_dim", max(dim // heads, 1)), q_bias=False, k_bias=False,
                       v_bias=False, out_bias=False, dropout=float(keys.take("attention_dropout", (int, float), 0.0)))
     mlp = Mlp(hidden=keys.positive("ffn_dim", width) // 2, act=act_of(keys, "hidden_act", "silu"), gated=True,
@@ -65,10 +65,10 @@ def to_layer(keys: Keys, dim: int, heads: int, width: int, sight: Sight, rope: R
 def from_spec(spec: DuplexSpec) -> dict[str, Any]:
     """Raises InputError for a model that transformers' class cannot hold."""
     layer, depth = spec.stack.layers[0], spec.depth
-    sight = layer.mixer.sight if isinstance(layer.mixer, Attention) else None
-    if depth is None or sight is None or sight.left is None or layer.mixer.rope is None:
+    window = layer.mixer.window if isinstance(layer.mixer, Attention) else None
+    if depth is None or window is None or window.left is None or layer.mixer.rope is None:
         raise InputError("the hf layout of Moshi has a depth transformer, attention with rope and a window")
-    window = sight.left + 1
+    window = window.left + 1
     config = layer_config(spec.stack) | {
         "architectures": ["MoshiForConditionalGeneration"], "model_type": "moshi", "vocab_size": spec.text.vocab,
         "audio_vocab_size": spec.card, "num_codebooks": depth.codebooks, "sliding_window": window,
@@ -92,27 +92,27 @@ def layer_config(stack: Stack) -> dict[str, Any]:
             "head_dim": layer.mixer.head_dim, "ffn_dim": 2 * layer.mlp.hidden, "rms_norm_eps": layer.norm.eps}
 
 
-def halved(mixer: Attention) -> Way:
+def halved(mixer: Attention) -> WeightTransform:
     """Query, key and value projections whose rotary pairs lie in halves; ours are one, and interleaved."""
     sizes = [heads * mixer.head_dim for heads in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
 
-    def turned(x: torch.Tensor, heads: int, shape: tuple[int, int]) -> torch.Tensor:
+    def rotated(x: torch.Tensor, heads: int, shape: tuple[int, int]) -> torch.Tensor:
         return x.unflatten(0, (heads, *shape)).transpose(1, 2).flatten(0, 2)
 
     def load(xs):
         pairs = zip(xs[:2], (mixer.heads, mixer.kv_heads), strict=True)
-        return [torch.cat([*(turned(x, heads, (2, -1)) for x, heads in pairs), xs[2]])]
+        return [torch.cat([*(rotated(x, heads, (2, -1)) for x, heads in pairs), xs[2]])]
 
     def save(xs):
         q, k, v = xs[0].split(sizes)
-        return [turned(q, mixer.heads, (-1, 2)), turned(k, mixer.kv_heads, (-1, 2)), v]
-    return Way(load, save)
+        return [rotated(q, mixer.heads, (-1, 2)), rotated(k, mixer.kv_heads, (-1, 2)), v]
+    return WeightTransform(load, save)
 
 
-def joined(mixer: Attention) -> Way:
+def joined(mixer: Attention) -> WeightTransform:
     """Query, key and value projections of every step, (steps, rows, D); ours are one."""
     sizes = [heads * mixer.head_dim for heads in (mixer.heads, mixer.kv_heads, mixer.kv_heads)]
-    return Way(lambda xs: [torch.cat(list(xs), 1)], lambda xs: list(xs[0].split(sizes, 1)))
+    return WeightTransform(lambda xs: [torch.cat(list(xs), 1)], lambda xs: list(xs[0].split(sizes, 1)))
 
 
 def table(spec: DuplexSpec, names: Iterable[str]) -> Table:
@@ -127,9 +127,9 @@ def table(spec: DuplexSpec, names: Iterable[str]) -> Table:
         rule("depth_decoder.lm_heads.weight", "depth.head.weight")]
     sides = (("decoder.model.layers.{n}.", "stack.blocks.{n}.", halved(spec.stack.layers[0].mixer)),
              ("depth_decoder.layers.{n}.", "depth.stack.blocks.{n}.", joined(depth.stack.layers[0].mixer)))
-    for theirs, ours, way in sides:
+    for theirs, ours, transform in sides:
         rules += [rule(tuple(f"{theirs}self_attn.{x}_proj.linear.weight" for x in "qkv"), ours + "mixer.qkv.weight",
-                       way),
+                       transform),
                   rule(theirs + "self_attn.o_proj.linear.weight", ours + "mixer.out.weight"),
                   rule(theirs + "input_layernorm.weight", ours + "mixer_norm.weight"),
                   rule(theirs + "post_attention_layernorm.weight", ours + "mlp_norm.weight"),

@@ -24,10 +24,10 @@ from mm.spec import (
     Norm,
     RMSNorm,
     Rope,
-    Sight,
     Stack,
     TextStream,
     Vectors,
+    Window,
 )
 from mm.speech.families.moshi_lora import CHANGES, MERGED, with_changes
 from mm.speech.families.moshi_weights import dequantised, table
@@ -91,11 +91,11 @@ def rope_of(keys: Keys, kind: str, period: Any) -> Rope | None:
     return None if kind == "none" else Rope(theta=float(period or 10000), layout=ROPES[kind])
 
 
-def attention_of(keys: Keys, dim: int, heads: int, repeat: int, sight: Sight, rope: Rope | None) -> Attention:
+def attention_of(keys: Keys, dim: int, heads: int, repeat: int, window: Window, rope: Rope | None) -> Attention:
     if dim % heads or heads % repeat:
         raise InputError(f"{keys.where}: {heads} heads do not share a width of {dim} or {heads} / {repeat} keys")
-    return Attention(heads=heads, kv_heads=heads // repeat, head_dim=dim // heads, sight=sight, rope=rope, q_bias=False,
-                     k_bias=False, v_bias=False, out_bias=False)
+    return Attention(heads=heads, kv_heads=heads // repeat, head_dim=dim // heads, window=window, rope=rope,
+                     q_bias=False, k_bias=False, v_bias=False, out_bias=False)
 
 
 def gated_width(width: int, dim: int) -> int:
@@ -114,15 +114,15 @@ def mlp_of(keys: Keys, gating: str, width: int, dim: int) -> Mlp:
 
 def temporal(keys: Keys, dim: int, context: int | None) -> Stack:
     heads, norm = keys.positive("num_heads"), norm_of(keys, keys.take("norm", str, "layer_norm"))
-    sight = Sight(left=None if context is None else context - 1, right=0)
+    window = Window(left=None if context is None else context - 1, right=0)
     rope = rope_of(keys, keys.take("positional_embedding", str, "sin"), keys.take("max_period", (int, float), None))
     repeat, scale = keys.positive("kv_repeat", 1), keys.take("layer_scale", (int, float), None)
     width = int(keys.take("hidden_scale", (int, float), 4) * dim)
     cross = keys.take("cross_attention", bool, False)
     layer = Layer(
-        mixer=attention_of(keys, dim, heads, repeat, sight, rope), norm=norm,
+        mixer=attention_of(keys, dim, heads, repeat, window, rope), norm=norm,
         mlp=mlp_of(keys, keys.take("gating", str, "none"), width, dim),
-        cross=attention_of(keys, dim, heads, repeat, Sight(), None) if cross else None,
+        cross=attention_of(keys, dim, heads, repeat, Window(), None) if cross else None,
         cross_norm=LayerNorm(eps=1e-5) if cross else None, layer_scale=None if scale is None else float(scale))
     return Stack(dim=dim, layers=(layer,) * keys.positive("num_layers"), final_norm=norm)
 
@@ -147,7 +147,7 @@ def to_depth(keys: Keys, shared: Mapping[str, Any], own: int) -> Depth:
     last = keys.take("depformer_norm", str, None)
     if last is not None and not last.startswith("layer_norm"):
         raise InputError(f"{keys.where}: depformer_norm should be a layer_norm, not {last!r}")
-    layer = Layer(mixer=attention_of(keys, dim, heads, take("kv_repeat", int, 1), Sight(right=0), rope),
+    layer = Layer(mixer=attention_of(keys, dim, heads, take("kv_repeat", int, 1), Window(right=0), rope),
                   mlp=mlps[0], norm=norm_of(keys, shared["norm"] or "layer_norm"),
                   layer_scale=None if scale is None else float(scale))
     stack = Stack(dim=dim, layers=(layer,) * take("num_layers", int), final_norm=last and norm_of(keys, last))
@@ -193,16 +193,16 @@ def to_condition(keys: Keys) -> Choice | Vectors:
 # ----------------------------------------------------------------------------------------- writing
 def from_spec(spec: DuplexSpec) -> dict[str, Any]:
     """Raises InputError for a model that Kyutai's package cannot hold."""
-    layer, text, sight = spec.stack.layers[0], spec.text, None
+    layer, text, window = spec.stack.layers[0], spec.text, None
     if not isinstance(layer.mixer, Attention) or not isinstance(layer.mlp, Mlp):
         raise InputError("the kyutai layout has layers of attention with one MLP")
-    sight = layer.mixer.sight
+    window = layer.mixer.window
     config = {
         "dim": spec.stack.dim, "text_card": text.vocab, "existing_text_padding_id": text.padding,
         "existing_text_end_padding_id": text.word_end, "n_q": spec.codebooks, "dep_q": spec.own, "card": spec.card,
         "num_heads": layer.mixer.heads, "num_layers": len(spec.stack.layers), "causal": True,
         "hidden_scale": scale_of(plain_width(layer.mlp, spec.stack.dim), spec.stack.dim),
-        "layer_scale": layer.layer_scale, "context": None if sight.left is None else sight.left + 1,
+        "layer_scale": layer.layer_scale, "context": None if window.left is None else window.left + 1,
         "gating": layer.mlp.act if layer.mlp.gated else "none", "norm": name_of(layer.norm),
         "kv_repeat": layer.mixer.heads // layer.mixer.kv_heads, **positions("", layer.mixer.rope),
         "delays": list(spec.delays), "bias_proj": spec.head_bias, "cross_attention": layer.cross is not None}

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.files import Weights
-from mm.checkpoint.tables import Rule, Table, Way, fused, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
 from mm.spec import Depth, DuplexSpec, Layer, Norm, RMSNorm
 
-STACKED = Way(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
-ALPHA = Way(lambda xs: [xs[0].reshape(-1)], lambda xs: [xs[0].reshape(1, 1, -1)])
-HALVES = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
+STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
+ALPHA = WeightTransform(lambda xs: [xs[0].reshape(-1)], lambda xs: [xs[0].reshape(1, 1, -1)])
+HALVES = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
 SCALES = "_scb"
 UNUSED = "an input of a depth transformer that the model does not have"
 
@@ -72,7 +72,7 @@ def layer_rules(theirs: str, ours: str, layer: Layer, joined: str, memory: bool)
     if layer.cross is not None:
         width = layer.cross.heads * layer.cross.head_dim
         cross = fused(width, 2 * layer.cross.kv_heads * layer.cross.head_dim)
-        back = Way(cross.save, cross.load)  # one of theirs, two of ours
+        back = WeightTransform(cross.save, cross.load)  # one of theirs, two of ours
         rules += [rule(f"{theirs}cross_attention.{into}", (ours + "cross.q.weight", ours + "cross.kv.weight"), back),
                   rule(f"{theirs}cross_attention.{out}", ours + "cross.out.weight"),
                   rule(theirs + "norm_cross.{x}", ours + "cross_norm.{x}")]
@@ -109,12 +109,12 @@ def depth_rules(depth: Depth, joined: str, memory: bool) -> list[Rule]:
             *norm_rules(theirs + "norm2", ours + "mlp_norm", layer.norm)]
 
 
-def in_sets(sets: int) -> Way:
+def in_sets(sets: int) -> WeightTransform:
     """One matrix of all sets' rows, and (sets, rows, D)."""
-    return Way(lambda xs: [xs[0].unflatten(0, (sets, -1))], lambda xs: [xs[0].flatten(0, 1)])
+    return WeightTransform(lambda xs: [xs[0].unflatten(0, (sets, -1))], lambda xs: [xs[0].flatten(0, 1)])
 
 
-def padded(widths: Sequence[int], parts: int) -> Way:
+def padded(widths: Sequence[int], parts: int) -> WeightTransform:
     """Projections of a gated MLP per set, of these widths, and all of them as wide as the widest: (sets, 2 H, D) from
     two `parts` into it, (sets, D, H) out of it."""
     most = max(widths)
@@ -130,7 +130,7 @@ def padded(widths: Sequence[int], parts: int) -> Way:
         if parts == 1:
             return [x[:, :w] for x, w in zip(xs[0], widths, strict=True)]
         return [x.unflatten(0, (2, most))[:, :w].flatten(0, 1) for x, w in zip(xs[0], widths, strict=True)]
-    return Way(load, save)
+    return WeightTransform(load, save)
 
 
 def dequantised(weights: Weights) -> Weights:

@@ -54,7 +54,7 @@ def to_spec(config: Mapping[str, Any], where: str) -> Seq2SeqSpec:
         layer = Layer(mixer=mixer, placement="residual_post", dropout=dropout, mlp=Mlp(
             hidden=keys.positive(f"{side}_ffn_dim"), act=act, dropout=rates["mlp"]))
         if side == "decoder":
-            layer = replace(layer, mixer=replace(mixer, sight=CAUSAL), cross=mixer)
+            layer = replace(layer, mixer=replace(mixer, window=CAUSAL), cross=mixer)
         stacks[side] = Stack(dim=dim, layers=(layer,) * keys.positive(f"{side}_layers"))
     head = LMHead(tied=keys.take("tie_word_embeddings", bool, True), bias=True)
     spec = Seq2SeqSpec(encoder=EncoderSpec(embed=embed, stack=stacks["encoder"], context=rows),
@@ -75,7 +75,7 @@ def attention_of(keys: Keys, side: str, dim: int, dropout: float) -> Attention:
     heads = keys.positive(f"{side}_attention_heads")
     if dim % heads:
         raise InputError(f"{keys.where}: d_model {dim} cannot be shared by {heads} heads")
-    return Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, sight=EVERYWHERE, dropout=dropout)
+    return Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, window=EVERYWHERE, dropout=dropout)
 
 
 # ------------------------------------------------------------------------------------- spec to config

@@ -10,7 +10,7 @@ from typing import Any
 from mm.checkpoint.family import Family, Keys, ensure_kept
 from mm.checkpoint.tables import Rule, Table, rule
 from mm.errors import InputError
-from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, QKNorm, RMSNorm, Sight, Stack
+from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, QKNorm, RMSNorm, Stack, Window
 from mm.text.families import generation
 from mm.text.families.hf import (
     CONFIG,
@@ -126,7 +126,7 @@ def attention_of(keys: Keys, size: Size, **changes: Any) -> Attention:
     heads = keys.positive("num_attention_heads")
     width = keys.positive("head_dim", max(size.dim // heads, 1))
     bias = keys.take("attention_bias", bool, False)
-    fields = {"q_bias": bias, "k_bias": bias, "v_bias": bias, "out_bias": bias, "sight": CAUSAL, **changes}
+    fields = {"q_bias": bias, "k_bias": bias, "v_bias": bias, "out_bias": bias, "window": CAUSAL, **changes}
     if "rope" not in fields:
         fields["rope"] = rope_of(keys, size.context)
     return Attention(heads=heads, kv_heads=keys.positive("num_key_value_heads", heads), head_dim=width,
@@ -148,9 +148,9 @@ def types_of(keys: Keys, size: Size, usual: Sequence[str]) -> list[str]:
     return types
 
 
-def sight(kind: str, window: int | None) -> Sight:
+def window_of(kind: str, window: int | None) -> Window:
     """Causal; a sliding layer's `window` counts the token itself."""
-    return Sight(left=window - 1, right=0) if kind == SLIDING and window is not None else CAUSAL
+    return Window(left=window - 1, right=0) if kind == SLIDING and window is not None else CAUSAL
 
 
 def with_qk_norm(layers: Iterable[Layer]) -> list[Layer]:
@@ -162,10 +162,10 @@ def with_qk_norm(layers: Iterable[Layer]) -> list[Layer]:
 def attention_config(spec: DecoderSpec) -> dict[str, Any]:
     """Raises InputError for layers that no attention with rope describes."""
     mixers = [layer.mixer for layer in spec.stack.layers]
-    turned = [mixer for mixer in mixers if isinstance(mixer, Attention) and mixer.rope is not None]
-    if not turned or not all(isinstance(mixer, Attention) for mixer in mixers):
+    rotated = [mixer for mixer in mixers if isinstance(mixer, Attention) and mixer.rope is not None]
+    if not rotated or not all(isinstance(mixer, Attention) for mixer in mixers):
         raise InputError("the hf layout of this kind has layers of attention with rope")
-    first = turned[0]
+    first = rotated[0]
     return {"num_attention_heads": first.heads, "num_key_value_heads": first.kv_heads, "head_dim": first.head_dim,
             "rope_parameters": rope_config(first.rope, first.head_dim)}
 
@@ -179,9 +179,9 @@ def mlp_config(spec: DecoderSpec, act: str = "hidden_act") -> dict[str, Any]:
 
 def windows(spec: DecoderSpec) -> tuple[int | None, list[str]]:
     """(the window of the layers that have one, the `layer_types`)."""
-    sights = [layer.mixer.sight for layer in spec.stack.layers]
-    near = [one.left + 1 for one in sights if one.left is not None]
-    return (near[0] if near else None), [FULL if one.left is None else SLIDING for one in sights]
+    windows = [layer.mixer.window for layer in spec.stack.layers]
+    near = [one.left + 1 for one in windows if one.left is not None]
+    return (near[0] if near else None), [FULL if one.left is None else SLIDING for one in windows]
 
 
 # ------------------------------------------------------------------------------------- names of weights

@@ -44,7 +44,7 @@ def latent_of(keys: Keys, size: Size) -> Latent:
     sizes = {mine: keys.positive(theirs) for mine, theirs in SIZES.items()}
     layout = "interleaved" if keys.take("rope_interleave", bool, True) else "half"
     rope = replace(rope_of(keys, size.context), layout=layout)
-    return Latent(heads=heads, **sizes, rope=rope, q_rank=keys.take("q_lora_rank", int, None), sight=CAUSAL,
+    return Latent(heads=heads, **sizes, rope=rope, q_rank=keys.take("q_lora_rank", int, None), window=CAUSAL,
                   bias=keys.take("attention_bias", bool, False), scale=scale_of(rope, sizes),
                   dropout=float(keys.take("attention_dropout", (int, float), 0.0)))
 
@@ -117,8 +117,8 @@ def v2_config(spec: DecoderSpec) -> dict[str, Any]:
 
 
 def v3_config(spec: DecoderSpec) -> dict[str, Any]:
-    turned = spec.stack.layers[0].mixer.rope.layout
-    return config(spec) | {"rope_interleave": turned == "interleaved", "num_nextn_predict_layers": len(spec.ahead)}
+    rotated = spec.stack.layers[0].mixer.rope.layout
+    return config(spec) | {"rope_interleave": rotated == "interleaved", "num_nextn_predict_layers": len(spec.ahead)}
 
 
 # ------------------------------------------------------------------------------------- weights

@@ -9,12 +9,12 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.family import Keys
-from mm.checkpoint.tables import Rule, Way, rule
+from mm.checkpoint.tables import Rule, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import DecoderSpec, Moe
 from mm.text.families.hf import TO_HF
 
-STACKED = Way(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
+STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
 NAMES = {"gate": "gate_proj", "up": "up_proj", "down": "down_proj"}
 
 
@@ -36,11 +36,11 @@ def riffled(xs: Sequence[Tensor]) -> Tensor:
     return torch.stack(list(xs), 2).flatten(1, 2)
 
 
-HALVES = Way(lambda xs: halves(xs[0]), lambda xs: [joined(xs)])
-HALVES_TRANSPOSED = Way(lambda xs: halves(xs[0].mT), lambda xs: [joined(xs).mT])
-DEALT = Way(lambda xs: dealt(xs[0]), lambda xs: [riffled(xs)])
-DEALT_TRANSPOSED = Way(lambda xs: dealt(xs[0].mT), lambda xs: [riffled(xs).mT])
-TRANSPOSED = Way(lambda xs: [xs[0].mT], lambda xs: [xs[0].mT])
+HALVES = WeightTransform(lambda xs: halves(xs[0]), lambda xs: [joined(xs)])
+HALVES_TRANSPOSED = WeightTransform(lambda xs: halves(xs[0].mT), lambda xs: [joined(xs).mT])
+DEALT = WeightTransform(lambda xs: dealt(xs[0]), lambda xs: [riffled(xs)])
+DEALT_TRANSPOSED = WeightTransform(lambda xs: dealt(xs[0].mT), lambda xs: [riffled(xs).mT])
+TRANSPOSED = WeightTransform(lambda xs: [xs[0].mT], lambda xs: [xs[0].mT])
 
 
 # Values of four bits (sign, two of exponent, one of mantissa), and how many share a scale: OCP Microscaling, MXFP4.
@@ -62,8 +62,8 @@ def packed_shapes(x: Tensor) -> list[Tensor]:
     return [x.new_empty(*x.shape[:-1], groups, SHARING // 2), x.new_empty(*x.shape[:-1], groups)]
 
 
-DEALT_MXFP4 = Way(lambda xs: dealt(widened(*xs)), lambda xs: packed_shapes(riffled(xs)))
-MXFP4 = Way(lambda xs: [widened(*xs)], lambda xs: packed_shapes(xs[0]))
+DEALT_MXFP4 = WeightTransform(lambda xs: dealt(widened(*xs)), lambda xs: packed_shapes(riffled(xs)))
+MXFP4 = WeightTransform(lambda xs: [widened(*xs)], lambda xs: packed_shapes(xs[0]))
 
 
 def expert_rules(theirs: str, ours: str, count: int, names: Mapping[str, str] = NAMES) -> list[Rule]:
@@ -72,7 +72,8 @@ def expert_rules(theirs: str, ours: str, count: int, names: Mapping[str, str] = 
             for part, name in names.items()]
 
 
-def fused_rules(theirs: str, ours: str, gate_up: Way = HALVES, down: Way | None = None) -> list[Rule]:
+def fused_rules(theirs: str, ours: str, gate_up: WeightTransform = HALVES,
+                down: WeightTransform | None = None) -> list[Rule]:
     """`theirs.gate_up_proj` and `theirs.down_proj`, all experts in one tensor."""
     both = (f"{ours}.gate.weight", f"{ours}.up.weight")
     last = [] if down is None else [down]

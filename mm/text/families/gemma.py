@@ -24,8 +24,8 @@ from mm.text.families.decoder import (
     mlp_rules,
     norm_of,
     norm_rules,
-    sight,
     types_of,
+    window_of,
     windows,
     with_qk_norm,
 )
@@ -44,7 +44,7 @@ def layers_of(keys: Keys, mixers: Mapping[str, Attention], types: Sequence[str])
     mlp = mlp_of(keys, "hidden_activation")
     window, softcap = keys.take("sliding_window", int, None), float(keys.take("attn_logit_softcapping", NUMBER, 0.0))
     scale = keys.take("query_pre_attn_scalar", NUMBER) ** -0.5
-    held = {kind: replace(mixer, sight=sight(kind, window), softcap=softcap, scale=scale)
+    held = {kind: replace(mixer, window=window_of(kind, window), softcap=softcap, scale=scale)
             for kind, mixer in mixers.items()}
     return [Layer(mixer=held[kind], mlp=mlp, norm=norm, placement="sandwich") for kind in types]
 

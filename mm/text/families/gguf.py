@@ -15,7 +15,7 @@ from torch import Tensor
 
 from mm.checkpoint.family import Extras, Keys, Opened
 from mm.checkpoint.files import Weights
-from mm.checkpoint.tables import Rule, Table, Way, fused, rule
+from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
 from mm.errors import InputError
 from mm.spec import (
     CAUSAL,
@@ -93,7 +93,7 @@ def attention_of(keys: Keys, dim: int, biased: bool, scaling: Scaling | None) ->
     rope = Rope(theta=float(keys.take("rope.freq_base", float, 10000.0)), dim=None if turned == width else turned,
                 scaling=scaling)
     return Attention(heads=heads, kv_heads=keys.positive("attention.head_count_kv", heads), head_dim=width,
-                     sight=CAUSAL, rope=rope, q_bias=biased, k_bias=biased, v_bias=biased, out_bias=False)
+                     window=CAUSAL, rope=rope, q_bias=biased, k_bias=biased, v_bias=biased, out_bias=False)
 
 
 def rope_scaling(keys: Keys, context: int, freqs: Tensor | None) -> Scaling | None:
@@ -112,11 +112,12 @@ def table(kind: str, spec: DecoderSpec) -> Table:
     t, o = "blk.{n}.", "stack.blocks.{n}."
     mixer = spec.stack.layers[0].mixer
     heads, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-    way = dealt(mixer) if kind == "llama" else fused(heads, kv, kv)
+    transform = dealt(mixer) if kind == "llama" else fused(heads, kv, kv)
     rules: list[Rule] = [
         rule("token_embd.weight", "embed.tokens.weight"), rule("output_norm.weight", "stack.final_norm.weight"),
         rule("output.weight", "head.weight"),
-        *(rule(tuple(f"{t}attn_{part}.{x}" for part in "qkv"), f"{o}mixer.qkv.{x}", way) for x in ("weight", "bias")),
+        *(rule(tuple(f"{t}attn_{part}.{x}" for part in "qkv"), f"{o}mixer.qkv.{x}", transform)
+          for x in ("weight", "bias")),
         *(rule(f"{t}attn_{part}.weight", f"{o}mixer.{part}.weight") for part in ("q_norm", "k_norm")),
         rule(t + "attn_output.weight", o + "mixer.out.weight"), rule(t + "attn_norm.weight", o + "mixer_norm.weight"),
         rule(t + "ffn_norm.weight", o + "mlp_norm.weight"),
@@ -124,7 +125,7 @@ def table(kind: str, spec: DecoderSpec) -> Table:
     return Table(tuple(rules), {FREQS: "a part of the config: a divisor per angle"})
 
 
-def dealt(mixer: Attention) -> Way:
+def dealt(mixer: Attention) -> WeightTransform:
     """Queries, keys and values side by side, the first two from interleaved rotary pairs to halves."""
     sizes = (mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim)
 
@@ -137,7 +138,7 @@ def dealt(mixer: Attention) -> Way:
     def save(xs: Sequence[Tensor]) -> list[Tensor]:
         q, k, v = xs[0].split(sizes)
         return [riffle(q, mixer.heads), riffle(k, mixer.kv_heads), v]
-    return Way(lambda xs: [torch.cat([deal(xs[0], mixer.heads), deal(xs[1], mixer.kv_heads), xs[2]])], save)
+    return WeightTransform(lambda xs: [torch.cat([deal(xs[0], mixer.heads), deal(xs[1], mixer.kv_heads), xs[2]])], save)
 
 
 # ------------------------------------------------------------------------------------------ tokenizer

@@ -47,7 +47,7 @@ def mixers_of(keys: Keys, dim: int, depth: int) -> list[Attention]:
         raise InputError(f"{keys.where}: n_embd {dim} cannot be shared by {heads} heads")
     by_layer = keys.take("scale_attn_by_inverse_layer_idx", bool, False)
     scale = (dim // heads) ** -0.5 if keys.take("scale_attn_weights", bool, True) else 1.0
-    plain = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, sight=CAUSAL)
+    plain = Attention(heads=heads, kv_heads=heads, head_dim=dim // heads, window=CAUSAL)
     if by_layer:
         return [replace(plain, scale=scale / (i + 1)) for i in range(depth)]
     return [plain if scale != 1.0 else replace(plain, scale=1.0)] * depth

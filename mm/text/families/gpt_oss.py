@@ -21,8 +21,8 @@ from mm.text.families.decoder import (
     family,
     norm_of,
     norm_rules,
-    sight,
     types_of,
+    window_of,
     windows,
 )
 from mm.text.families.experts import (
@@ -54,7 +54,7 @@ def layers(keys: Keys, size: Size) -> list[Layer]:
     keys.take("initial_context_length", int, None)  # said again by the rotary settings
     if (packing := keys.take("quantization_config", dict, {}).get("quant_method", "mxfp4")) != "mxfp4":
         raise InputError(f"{keys.where}: weights packed by {packing!r} are not supported, only mxfp4")
-    return [Layer(mixer=replace(mixer, sight=sight(kind, window)), mlp=moe, norm=norm) for kind in types]
+    return [Layer(mixer=replace(mixer, window=window_of(kind, window)), mlp=moe, norm=norm) for kind in types]
 
 
 def chosen_of(keys: Keys) -> int:

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from mm.checkpoint.family import Extras, Keys
-from mm.checkpoint.tables import Rule, Way, fused, rule
+from mm.checkpoint.tables import Rule, WeightTransform, fused, rule
 from mm.errors import InputError
 from mm.spec import Attention as AttentionSpec
 from mm.spec import DynamicNTK, LinearScaling, Llama3Scaling, LongRope, Rope, Yarn
@@ -30,7 +30,7 @@ HARMLESS = frozenset("""
     chunk_size_feed_forward cross_attention_hidden_size use_bfloat16 tf_legacy_loss finetuning_task prefix
 """.split())  # noqa: SIM905
 ROTARY_BUFFER = "a buffer that old files carry; rotations are computed from positions"
-GATE_UP = Way(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one of theirs, two of ours
+GATE_UP = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one to two
 TIED = "a copy of the token embeddings, to which the head is tied"
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from mm.checkpoint.family import Keys
 from mm.checkpoint.tables import Rule
-from mm.spec import CAUSAL, Attention, DecoderSpec, Layer, QKNorm, Sight
+from mm.spec import CAUSAL, Attention, DecoderSpec, Layer, QKNorm, Window
 from mm.text.families.decoder import (
     FULL,
     SLIDING,
@@ -24,17 +24,17 @@ from mm.text.families.decoder import (
     norm_of,
     norm_rules,
     pre_norm_rules,
-    sight,
     types_of,
+    window_of,
     windows,
     with_qk_norm,
 )
 
 
-def plain(keys: Keys, mixer: Attention, sights: Iterable[Sight]) -> list[Layer]:
-    """Llama's layers, one per sight."""
+def plain(keys: Keys, mixer: Attention, windows: Iterable[Window]) -> list[Layer]:
+    """Llama's layers, one per window."""
     layer = Layer(mixer=mixer, mlp=mlp_of(keys), norm=norm_of(keys))
-    return [replace(layer, mixer=replace(mixer, sight=one)) for one in sights]
+    return [replace(layer, mixer=replace(mixer, window=one)) for one in windows]
 
 
 def plain_config(spec: DecoderSpec) -> dict[str, Any]:
@@ -54,26 +54,26 @@ def llama(keys: Keys, size: Size) -> list[Layer]:
 def mistral(keys: Keys, size: Size) -> list[Layer]:
     """One window for all layers."""
     window = keys.take("sliding_window", int, None)
-    return plain(keys, attention_of(keys, size), [sight(SLIDING, window)] * size.depth)
+    return plain(keys, attention_of(keys, size), [window_of(SLIDING, window)] * size.depth)
 
 
 # ------------------------------------------------------------------------------------- Qwen
-def qwen_sights(keys: Keys, size: Size) -> list[Sight]:
+def qwen_windows(keys: Keys, size: Size) -> list[Window]:
     """A window in the layers from `max_window_layers` on, where windows are switched on at all."""
     lowest, window = keys.take("max_window_layers", int, 0), keys.take("sliding_window", int, None)
     if not keys.take("use_sliding_window", bool, False):
         window = None
     types = types_of(keys, size, [SLIDING if i >= lowest else FULL for i in range(size.depth)])
-    return [sight(kind, window) for kind in types]
+    return [window_of(kind, window) for kind in types]
 
 
 def qwen2(keys: Keys, size: Size) -> list[Layer]:
     mixer = attention_of(keys, size, q_bias=True, k_bias=True, v_bias=True, out_bias=False)
-    return plain(keys, mixer, qwen_sights(keys, size))
+    return plain(keys, mixer, qwen_windows(keys, size))
 
 
 def qwen3(keys: Keys, size: Size) -> list[Layer]:
-    return with_qk_norm(plain(keys, attention_of(keys, size), qwen_sights(keys, size)))
+    return with_qk_norm(plain(keys, attention_of(keys, size), qwen_windows(keys, size)))
 
 
 def qwen_config(spec: DecoderSpec) -> dict[str, Any]:
@@ -86,14 +86,14 @@ def qwen_config(spec: DecoderSpec) -> dict[str, Any]:
 def smollm3(keys: Keys, size: Size) -> list[Layer]:
     """Layers without positions between those with rope; only they may have a window."""
     every = keys.positive("no_rope_layer_interval", 4)
-    turned = keys.take("no_rope_layers", list, [int((i + 1) % every != 0) for i in range(size.depth)])[:size.depth]
+    rotated = keys.take("no_rope_layers", list, [int((i + 1) % every != 0) for i in range(size.depth)])[:size.depth]
     window = keys.take("sliding_window", int, None)
     if not keys.take("use_sliding_window", bool, False):
         window = None
-    types = types_of(keys, size, [FULL if window is None or has else SLIDING for has in turned])
-    layers = plain(keys, attention_of(keys, size), [sight(kind, window) for kind in types])
+    types = types_of(keys, size, [FULL if window is None or has else SLIDING for has in rotated])
+    layers = plain(keys, attention_of(keys, size), [window_of(kind, window) for kind in types])
     return [one if has else replace(one, mixer=replace(one.mixer, rope=None))
-            for one, has in zip(layers, turned, strict=True)]
+            for one, has in zip(layers, rotated, strict=True)]
 
 
 def smollm3_config(spec: DecoderSpec) -> dict[str, Any]:

@@ -39,7 +39,7 @@ def read_llama2c(path: Path) -> Opened:
 def spec_of(dim: int, hidden: int, depth: int, heads: int, kv_heads: int, vocab: int, context: int,
             tied: bool) -> DecoderSpec:
     norm = RMSNorm(eps=1e-5)
-    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=dim // heads, sight=CAUSAL, rope=Rope(), q_bias=False,
+    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=dim // heads, window=CAUSAL, rope=Rope(), q_bias=False,
                       k_bias=False, v_bias=False, out_bias=False)
     mlp = Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
     layers = (Layer(mixer=mixer, mlp=mlp, norm=norm),) * depth

@@ -8,7 +8,20 @@ from typing import Any
 from mm.checkpoint.family import Keys
 from mm.checkpoint.tables import Rule, rule
 from mm.errors import InputError
-from mm.spec import CAUSAL, Attention, DecoderSpec, L2Norm, Layer, Mlp, Moe, QKNorm, RMSNorm, Router, Sight, Temperature
+from mm.spec import (
+    CAUSAL,
+    Attention,
+    DecoderSpec,
+    L2Norm,
+    Layer,
+    Mlp,
+    Moe,
+    QKNorm,
+    RMSNorm,
+    Router,
+    Temperature,
+    Window,
+)
 from mm.text.families.decoder import (
     FULL,
     PRE_NORMS,
@@ -39,20 +52,21 @@ def layers(keys: Keys, size: Size) -> list[Layer]:
 def mixers_of(keys: Keys, size: Size, norm: RMSNorm) -> list[Attention]:
     """Layers with rope, interleaved, and normalised queries and keys; those without have a temperature instead."""
     mixer = attention_of(keys, size)
-    turned = replace(mixer, rope=replace(mixer.rope, layout="interleaved"))
+    rotated = replace(mixer, rope=replace(mixer.rope, layout="interleaved"))
     if keys.take("use_qk_norm", bool, True):
-        turned = replace(turned, qk_norm=QKNorm(norm=L2Norm(eps=norm.eps), after_rope=True))
+        rotated = replace(rotated, qk_norm=QKNorm(norm=L2Norm(eps=norm.eps), after_rope=True))
     slope, every = float(keys.take("attn_scale", (int, float), 0.1)), keys.positive("floor_scale", 8192)
     warm = Temperature(slope=slope, every=every) if keys.take("attn_temperature_tuning", (bool, int), True) else None
     still = replace(mixer, rope=None, temperature=warm)
     every = keys.positive("no_rope_layer_interval", 4)
-    turns = keys.take("no_rope_layers", list, None) or [int((i + 1) % every != 0) for i in range(size.depth)]
+    rotations = keys.take("no_rope_layers", list, None) or [int((i + 1) % every != 0) for i in range(size.depth)]
     chunk = keys.take("attention_chunk_size", int, None)
-    types = keys.take("layer_types", list, [CHUNKED if turn and chunk else FULL for turn in turns])
-    if len(turns) < size.depth or len(types) != size.depth or not set(types) <= {CHUNKED, FULL}:
+    types = keys.take("layer_types", list, [CHUNKED if rotation and chunk else FULL for rotation in rotations])
+    if len(rotations) < size.depth or len(types) != size.depth or not set(types) <= {CHUNKED, FULL}:
         raise InputError(f"{keys.where}: no_rope_layers and layer_types should describe {size.depth} layers")
-    sights = {FULL: CAUSAL, CHUNKED: Sight(right=0, chunk=chunk)}
-    return [replace(turned if turn else still, sight=sights[kind]) for turn, kind in zip(turns, types, strict=False)]
+    windows = {FULL: CAUSAL, CHUNKED: Window(right=0, chunk=chunk)}
+    return [replace(rotated if rotation else still, window=windows[kind]) 
+            for rotation, kind in zip(rotations, types, strict=False)]
 
 
 def mlps_of(keys: Keys, size: Size) -> list[Mlp | Moe]:
@@ -72,10 +86,10 @@ def config(spec: DecoderSpec) -> dict[str, Any]:
     told = attention_config(spec)  # every layer is attention, one has rope
     mixers = [layer.mixer for layer in stack]
     dense = [layer.mlp for layer in stack if isinstance(layer.mlp, Mlp)]
-    chunks = [mixer.sight.chunk for mixer in mixers]
-    turned = next(mixer for mixer in mixers if mixer.rope is not None)
+    chunks = [mixer.window.chunk for mixer in mixers]
+    rotated = next(mixer for mixer in mixers if mixer.rope is not None)
     return told | temperature_config(mixers) | {
-        "attention_bias": turned.q_bias, "use_qk_norm": turned.qk_norm is not None,
+        "attention_bias": rotated.q_bias, "use_qk_norm": rotated.qk_norm is not None,
         "num_local_experts": moe.experts, "num_experts_per_tok": moe.chosen, "intermediate_size": moe.expert.hidden,
         "intermediate_size_mlp": dense[0].hidden if dense else moe.expert.hidden,
         "hidden_act": TO_HF[moe.expert.act], "attention_chunk_size": next(filter(None, chunks), None),

@@ -9,7 +9,7 @@ from typing import Any
 from mm.checkpoint.family import Family, Keys
 from mm.checkpoint.tables import Rule, Table, rule
 from mm.errors import InputError
-from mm.spec import EVERYWHERE, Attention, Embed, EncoderSpec, Layer, LayerNorm, LMHead, Mlp, Sight, Stack, Transform
+from mm.spec import EVERYWHERE, Attention, Embed, EncoderSpec, Layer, LayerNorm, LMHead, Mlp, Stack, Transform, Window
 from mm.text.families.bert import has_head, kept, with_padding
 from mm.text.families.hf import CONFIG, FILES, GATE_UP, HARMLESS, TIED, TO_HF, act_of, rope_config, rope_of
 from mm.text.families.sentence import complete
@@ -54,10 +54,11 @@ def mixers_of(keys: Keys, dim: int, context: int) -> list[Attention]:
     thetas = {GLOBAL: keys.take("global_rope_theta", (int, float), 160000.0),
               LOCAL: keys.take("local_rope_theta", (int, float), 10000.0)}
     given = keys.take("rope_parameters", dict, {})
-    sights = {GLOBAL: EVERYWHERE, LOCAL: Sight(left=half, right=half)}
+    windows = {GLOBAL: EVERYWHERE, LOCAL: Window(left=half, right=half)}
     mixers = {kind: Attention(
         heads=heads, kv_heads=heads, head_dim=dim // heads, q_bias=bias, k_bias=bias, v_bias=bias, out_bias=bias,
-        sight=sights[kind], rope=rope_of(keys, context, thetas[kind], parameters=given.get(kind))) for kind in sights}
+        window=windows[kind], rope=rope_of(keys, context, thetas[kind], parameters=given.get(kind)))
+        for kind in windows}
     dropout = float(keys.take("attention_dropout", (int, float), 0.0))
     types = keys.take("layer_types", list, [LOCAL if i % every else GLOBAL for i in range(depth)])
     if len(types) != depth or not set(types) <= set(mixers):
@@ -73,8 +74,8 @@ def from_spec(spec: EncoderSpec) -> dict[str, Any]:
     shaped = all(isinstance(mixer, Attention) and mixer.rope is not None for mixer in mixers)
     if not shaped or not isinstance(mlp, Mlp) or mlp.act not in TO_HF or (spec.head and transform is None):
         raise InputError("the hf layout of modernbert has layers of attention with rope, one MLP and a transform")
-    near = [mixer for mixer in mixers if mixer.sight.left is not None]
-    far = [mixer for mixer in mixers if mixer.sight.left is None]
+    near = [mixer for mixer in mixers if mixer.window.left is not None]
+    far = [mixer for mixer in mixers if mixer.window.left is None]
     ropes = {GLOBAL: (far or near)[0], LOCAL: (near or far)[0]}
     config = {
         "architectures": ["ModernBertForMaskedLM" if spec.head else "ModernBertModel"], "model_type": "modernbert",
@@ -83,8 +84,8 @@ def from_spec(spec: EncoderSpec) -> dict[str, Any]:
         "num_attention_heads": mixers[0].heads, "intermediate_size": mlp.hidden, "hidden_activation": TO_HF[mlp.act],
         "max_position_embeddings": spec.context, "norm_eps": layer.norm.eps, "norm_bias": layer.norm.bias,
         "attention_bias": mixers[0].q_bias, "mlp_bias": mlp.up_bias, "attention_dropout": mixers[0].dropout,
-        "local_attention": 2 * near[0].sight.left if near else 128,
-        "layer_types": [GLOBAL if mixer.sight.left is None else LOCAL for mixer in mixers],
+        "local_attention": 2 * near[0].window.left if near else 128,
+        "layer_types": [GLOBAL if mixer.window.left is None else LOCAL for mixer in mixers],
         "rope_parameters": {kind: rope_config(mixer.rope, mixer.head_dim) for kind, mixer in ropes.items()}}
     if spec.head is not None:
         config |= {"tie_word_embeddings": spec.head.tied, "decoder_bias": spec.head.bias,

@@ -22,7 +22,7 @@ from mm.text.families.decoder import (
     mlp_rules,
     norm_of,
     norm_rules,
-    sight,
+    window_of,
     windows,
     with_qk_norm,
 )
@@ -32,7 +32,7 @@ from mm.text.families.hf import TO_HF
 
 def layers_of(keys: Keys, mixer: Attention, mlps: Sequence[Mlp | Moe], window: int | None) -> list[Layer]:
     """Llama's layers, one per mlp, all with the same window."""
-    mixer, norm = replace(mixer, sight=sight(SLIDING, window)), norm_of(keys)
+    mixer, norm = replace(mixer, window=window_of(SLIDING, window)), norm_of(keys)
     leave_training(keys)
     return [Layer(mixer=mixer, mlp=mlp, norm=norm) for mlp in mlps]
 

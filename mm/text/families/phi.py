@@ -19,7 +19,7 @@ from mm.text.families.decoder import (
     family,
     mlp_config,
     norm_rules,
-    sight,
+    window_of,
     windows,
 )
 from mm.text.families.hf import GATE_UP, rope_of
@@ -34,7 +34,7 @@ def layers(keys: Keys, size: Size) -> list[Layer]:
     rope = rope_of(keys, size.context, head_dim=mixer.head_dim,
                    original=keys.take("original_max_position_embeddings", int, None))
     window = keys.take("sliding_window", int, None)
-    return plain(keys, replace(mixer, rope=rope), [sight(SLIDING, window)] * size.depth)
+    return plain(keys, replace(mixer, rope=rope), [window_of(SLIDING, window)] * size.depth)
 
 
 def config(spec: DecoderSpec) -> dict[str, Any]:

@@ -60,7 +60,7 @@ def to_spec(config: Mapping[str, Any], where: str) -> Seq2SeqSpec:
 def layer_of(keys: Keys) -> Layer:
     """The encoder's."""
     heads, dropout = keys.positive("num_heads"), float(keys.take("dropout_rate", (int, float), 0.1))
-    mixer = Attention(heads=heads, kv_heads=heads, head_dim=keys.positive("d_kv"), sight=EVERYWHERE, scale=1.0,
+    mixer = Attention(heads=heads, kv_heads=heads, head_dim=keys.positive("d_kv"), window=EVERYWHERE, scale=1.0,
                       dropout=dropout, q_bias=False, k_bias=False, v_bias=False, out_bias=False)
     told = keys.take("feed_forward_proj", str, "relu")
     gated, name = told.startswith("gated-"), told.removeprefix("gated-")
@@ -75,7 +75,7 @@ def layer_of(keys: Keys) -> Layer:
 
 def reading(layer: Layer) -> Layer:
     """The decoder's layer beside this one of the encoder."""
-    return replace(layer, mixer=replace(layer.mixer, sight=CAUSAL), cross=layer.mixer)
+    return replace(layer, mixer=replace(layer.mixer, window=CAUSAL), cross=layer.mixer)
 
 
 def stack(dim: int, layer: Layer, depth: int, relative: Buckets) -> Stack:

@@ -22,7 +22,7 @@ MODELS = {
 
 
 def pair(name, **changes):
-    mixer = Attention(heads=2, kv_heads=2, head_dim=8, sight=CAUSAL)
+    mixer = Attention(heads=2, kv_heads=2, head_dim=8, window=CAUSAL)
     stack = Stack(dim=16, layers=(Layer(mixer=mixer, mlp=Mlp(hidden=24)),), final_norm=LayerNorm())
     words = TextSpec(vocab=40, context=6, stack=stack, head=Head(pool=TokenPool(), proj=Projection(dim=12)))
     return CLIPSpec(image=backbone_spec(name, 12, **changes), text=words)

@@ -21,8 +21,8 @@ from mm.spec import CAUSAL, EVERYWHERE, Attention, Layer, LayerNorm, Mlp, Stack
 from mm.spec.schema import from_json, to_json
 
 
-def stack(sight=EVERYWHERE):
-    mixer = Attention(heads=2, kv_heads=2, head_dim=8, sight=sight)
+def stack(window=EVERYWHERE):
+    mixer = Attention(heads=2, kv_heads=2, head_dim=8, window=window)
     return Stack(dim=16, layers=(Layer(mixer=mixer, mlp=Mlp(hidden=24)),) * 2, final_norm=LayerNorm())
 
 
@@ -105,14 +105,14 @@ def test_a_shorter_text_gives_the_same_feature():
     torch.testing.assert_close(model.encode(ids), model.encode(ids[:, :3]))
 
 
-@pytest.mark.parametrize("sight", [CAUSAL, EVERYWHERE])
-def test_padding_is_neither_seen_nor_pooled(sight):
-    model = text(pad=0, stack=stack(sight), head=Head(pool=MeanPool(prefix=True)))
+@pytest.mark.parametrize("window", [CAUSAL, EVERYWHERE])
+def test_padding_is_neither_seen_nor_pooled(window):
+    model = text(pad=0, stack=stack(window), head=Head(pool=MeanPool(prefix=True)))
     short = torch.tensor([[3, 7, 4]])
     padded = torch.tensor([[3, 7, 4, 0, 0], [5, 6, 7, 8, 9]])
     torch.testing.assert_close(model.encode(padded)[:1], model.encode(short))
     torch.testing.assert_close(model.encode(padded)[1:], model.encode(padded[1:]))
-    counted = text(stack=stack(sight), head=Head(pool=MeanPool(prefix=True)))
+    counted = text(stack=stack(window), head=Head(pool=MeanPool(prefix=True)))
     counted.load_state_dict(model.state_dict())
     assert (counted.encode(padded)[:1] - model.encode(short)).abs().max() > 1e-3
 

@@ -25,7 +25,7 @@ from mm.encoders.vision.flex import Flex, flex_batch
 from mm.errors import InputError
 from mm.spec import Attention, Axial, Layer, LayerNorm, Mixed, Mlp, Rope, Stack
 
-TURNS = {
+ROTATIONS = {
     "none": (None, None),
     "index": (Rope(theta=100.0, axes=Axial()), IndexGrid(order="xy", offset=1.0)),
     "stretched": (Rope(layout="interleaved", axes=Axial()), IndexGrid(reference=(4, 4))),
@@ -34,8 +34,8 @@ TURNS = {
 }
 
 
-def make(turns="none", registers=2, pool=None, patch_dropout=0.0, proj=5):
-    rope, coords = TURNS[turns]
+def make(rotations="none", registers=2, pool=None, patch_dropout=0.0, proj=5):
+    rope, coords = ROTATIONS[rotations]
     mixer = Attention(heads=2, kv_heads=2, head_dim=8, rope=rope)
     stack = Stack(dim=16, layers=(Layer(mixer=mixer, mlp=Mlp(hidden=24)),) * 3, final_norm=LayerNorm())
     head = Head(pool=pool or TokenPool(), proj=Projection(dim=proj, bias=True))
@@ -43,9 +43,9 @@ def make(turns="none", registers=2, pool=None, patch_dropout=0.0, proj=5):
                               registers=registers, patch_dropout=patch_dropout)))
 
 
-@pytest.mark.parametrize("turns", TURNS)
-def test_feature_maps_are_the_residual_stream_on_the_grid(turns):
-    net, pixels = make(turns), torch.randn(2, 3, 20, 12)
+@pytest.mark.parametrize("rotations", ROTATIONS)
+def test_feature_maps_are_the_residual_stream_on_the_grid(rotations):
+    net, pixels = make(rotations), torch.randn(2, 3, 20, 12)
     seen = {}
     for i, block in enumerate(net.stack.blocks):
         block.register_forward_hook(lambda module, args, y, i=i: seen.setdefault(i, y))
@@ -62,9 +62,9 @@ def test_a_block_that_is_not_there_is_named():
 
 
 @pytest.mark.parametrize("pool", [TokenPool(), MeanPool(), MaxPool(), ProbePool(heads=2, mlp=Mlp(hidden=24))])
-@pytest.mark.parametrize("turns", TURNS)
-def test_pictures_of_several_sizes_in_one_batch_equal_one_by_one(turns, pool):
-    net = make(turns, pool=pool)
+@pytest.mark.parametrize("rotations", ROTATIONS)
+def test_pictures_of_several_sizes_in_one_batch_equal_one_by_one(rotations, pool):
+    net = make(rotations, pool=pool)
     pictures = [torch.randn(3, h, w) for h, w in ((16, 16), (8, 24), (4, 4))]
     together = net.encode(flex_batch(pictures, net.spec.patches, 20))
     for picture, features in zip(pictures, together, strict=True):
@@ -102,10 +102,10 @@ def test_foreign_patches_are_refused():
         make()(Flex(torch.randn(1, 4, 48), ((2, 3),)))
 
 
-@pytest.mark.parametrize("turns", TURNS)
-def test_dropped_patches_take_their_coordinates_along(turns):
+@pytest.mark.parametrize("rotations", ROTATIONS)
+def test_dropped_patches_take_their_coordinates_along(rotations):
     """All patches but a few dropped: what stays is as if the others had been padding from the start."""
-    net = make(turns, patch_dropout=0.5, pool=MeanPool()).train()
+    net = make(rotations, patch_dropout=0.5, pool=MeanPool()).train()
     pixels = torch.randn(2, 3, 16, 16)
     torch.manual_seed(3)
     x = net.embed(pixels)
@@ -114,7 +114,7 @@ def test_dropped_patches_take_their_coordinates_along(turns):
     chosen = torch.rand(2, 16).topk(8).indices
     whole = net.eval().embed(pixels)
     close(x.tokens[1, 3:], whole.tokens[1, 3 + chosen[1]])
-    if turns != "none":
+    if rotations != "none":
         close(x.at.coords[1, 3:], whole.at.coords[0, 3 + chosen[1]])
 
 
@@ -128,9 +128,9 @@ def test_centred_coordinates_move_while_training_only():
     assert not torch.equal(first, second) and not first[:, :3].any()
 
 
-@pytest.mark.parametrize("turns", TURNS)
-def test_its_own_directory_gives_back_the_same_model(turns, tmp_path):
-    net = make(turns)
+@pytest.mark.parametrize("rotations", ROTATIONS)
+def test_its_own_directory_gives_back_the_same_model(rotations, tmp_path):
+    net = make(rotations)
     net.labels = tuple("abcde")
     net.save_pretrained(tmp_path)
     again, pixels = open_model(tmp_path), torch.randn(1, 3, 16, 16)

@@ -62,7 +62,7 @@ def test_a_failed_write_leaves_the_old_file(tmp_path):
 
 def test_views_and_transposes_are_written_as_they_look(tmp_path):
     whole = torch.arange(12.0).reshape(3, 4)
-    expected = {"top": whole[:1], "turned": whole.T}
+    expected = {"top": whole[:1], "rotated": whole.T}
     checkpoint.write_weights(tmp_path, expected)
     same(checkpoint.open_weights(tmp_path), expected)
 

@@ -101,6 +101,6 @@ def test_rotary_halves():
 
 
 def test_reshaped():
-    way = reshaped((6,), (1, 2, 3))
-    assert way.load([torch.ones(1, 2, 3)])[0].shape == (6,)
-    assert way.save([torch.ones(6)])[0].shape == (1, 2, 3)
+    transform = reshaped((6,), (1, 2, 3))
+    assert transform.load([torch.ones(1, 2, 3)])[0].shape == (6,)
+    assert transform.save([torch.ones(6)])[0].shape == (1, 2, 3)

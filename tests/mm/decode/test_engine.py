@@ -13,10 +13,10 @@ from mm.decode.sampling import Sampling
 from mm.decode.speculate import PromptLookup
 from mm.errors import InputError
 from mm.lowbit.quantize import quantize
-from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
+from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
 
 SPEC = DecoderSpec(embed=Embed(vocab=61), context=64, head=spec.LMHead(tied=False), stack=stack(
-    attention(sight=Sight(left=5, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()),
+    attention(window=Window(left=5, right=0), rope=Rope()), attention(window=CAUSAL, rope=Rope()),
     final_norm=spec.RMSNorm()))
 
 

@@ -12,10 +12,10 @@ from mm.decode.sampling import Sampling
 from mm.decode.speculate import Ahead, Draft, PromptLookup
 from mm.errors import InputError
 from mm.positions.visibility import along
-from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
+from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
 
 SPEC = DecoderSpec(embed=Embed(vocab=31), context=64, stack=stack(
-    attention(sight=Sight(left=4, right=0), rope=Rope()), attention(sight=CAUSAL, rope=Rope()),
+    attention(window=Window(left=4, right=0), rope=Rope()), attention(window=CAUSAL, rope=Rope()),
     final_norm=spec.RMSNorm()))
 PROMPTS = [[1, 2, 3, 1, 2, 3, 1, 2], [5], list(range(25)), [30, 29, 30], [8] * 12]
 WAYS = [Sampling(max_tokens=m, temperature=t, seed=s, top_p=p, repetition_penalty=r) for m, t, s, p, r in (
@@ -32,7 +32,7 @@ PLAIN = MODEL.generate(PROMPTS, WAYS)
 
 
 HEADS = [replace(SPEC.stack.layers[0], mixer=mixer) for mixer in (
-    attention(sight=CAUSAL, rope=Rope()), attention(sight=Sight(left=3, right=0), rope=Rope()),
+    attention(window=CAUSAL, rope=Rope()), attention(window=Window(left=3, right=0), rope=Rope()),
     spec.Latent(heads=4, kv_rank=8, nope_dim=6, rope_dim=4, value_dim=6, rope=Rope()))]
 
 

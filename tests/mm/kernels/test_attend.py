@@ -18,11 +18,11 @@ from mm.kernels.problem import Problem
 from mm.kernels.reference import reference
 from mm.positions import rope
 from mm.positions.visibility import At, along, packed, padded
-from mm.spec import CAUSAL, EVERYWHERE, Rope, Sight
+from mm.spec import CAUSAL, EVERYWHERE, Rope, Window
 
 tiled = import_module("mm.kernels.tiled")
-SIGHTS = [EVERYWHERE, CAUSAL, Sight(left=5, right=0), Sight(left=2, right=3), Sight(right=2), Sight(left=4),
-          Sight(right=0, chunk=6), Sight(chunk=7)]
+WINDOWS = [EVERYWHERE, CAUSAL, Window(left=5, right=0), Window(left=2, right=3), Window(right=2), Window(left=4),
+          Window(right=0, chunk=6), Window(chunk=7)]
 
 
 class Slope:
@@ -48,7 +48,7 @@ def tensors(batch, heads, kv, length, keys, width=4, value_width=4, dtype=torch.
 
 def compare(q, k, v, tolerance=1e-10, **call):
     """attend and the oracle: same output, same gradients of everything, all finite."""
-    problem = Problem(**{"sight": EVERYWHERE, "scale": q.shape[-1] ** -0.5, **call})
+    problem = Problem(**{"window": EVERYWHERE, "scale": q.shape[-1] ** -0.5, **call})
     leaves = [q, k, v, *(x for x in (call.get("sinks"), getattr(call.get("bias"), "weight", None)) if x is not None)]
     outputs = []
     for y in (attend(q, k, v, **call), reference(q, k, v, problem)):
@@ -86,44 +86,44 @@ def test_the_oracles_softcap_and_sinks_written_out():
 
 # ------------------------------------------------------------------------------------------ plain runs
 @pytest.mark.parametrize("extras", ["", "softcap", "sinks", "bias", "softcap sinks bias"])
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_a_plain_run_in_tiles(sight, extras, small_tiles):
+@pytest.mark.parametrize("window", WINDOWS)
+def test_a_plain_run_in_tiles(window, extras, small_tiles):
     """T = 21 in tiles of 8: windows shorter and longer than a tile, grouped heads, values wider than keys."""
     at = along(2, 21)
     given = {"softcap": 2.0, "sinks": torch.randn(4, dtype=torch.float64, requires_grad=True), "bias": Slope(4)}
-    compare(*tensors(2, 4, 2, 21, 21, value_width=6), q_at=at, k_at=at, sight=sight, scale=0.7,
+    compare(*tensors(2, 4, 2, 21, 21, value_width=6), q_at=at, k_at=at, window=window, scale=0.7,
             **{name: given[name] for name in extras.split()})
 
 
-@pytest.mark.parametrize("sight", [CAUSAL, Sight(left=5, right=1), Sight(right=0, chunk=12)])
+@pytest.mark.parametrize("window", [CAUSAL, Window(left=5, right=1), Window(right=0, chunk=12)])
 @pytest.mark.parametrize("extras", [{}, {"softcap": 2.0}])
-def test_a_plain_run_with_a_prefix_in_tiles(sight, extras, small_tiles):
+def test_a_plain_run_with_a_prefix_in_tiles(window, extras, small_tiles):
     at = along(1, 21)
     at = replace(at, prefix=at.position < 14)
-    compare(*tensors(1, 2, 2, 21, 21), q_at=at, k_at=at, sight=sight, **extras)
+    compare(*tensors(1, 2, 2, 21, 21), q_at=at, k_at=at, window=window, **extras)
 
 
-@pytest.mark.parametrize("sight", [Sight(left=300, right=0), Sight(left=3, right=0), Sight(right=0, chunk=200)])
-def test_a_plain_run_in_tiles_of_full_size(sight):
+@pytest.mark.parametrize("window", [Window(left=300, right=0), Window(left=3, right=0), Window(right=0, chunk=200)])
+def test_a_plain_run_in_tiles_of_full_size(window):
     at = along(1, 600)
-    compare(*tensors(1, 2, 1, 600, 600), q_at=at, k_at=at, sight=sight, tolerance=1e-9)
-    compare(*tensors(1, 2, 1, 600, 600), q_at=at, k_at=at, sight=sight, softcap=3.0, tolerance=1e-9)
+    compare(*tensors(1, 2, 1, 600, 600), q_at=at, k_at=at, window=window, tolerance=1e-9)
+    compare(*tensors(1, 2, 1, 600, 600), q_at=at, k_at=at, window=window, softcap=3.0, tolerance=1e-9)
 
 
 @pytest.mark.parametrize("layout", ["half", "interleaved"])
 def test_rotation_happens_inside(layout, small_tiles):
     at = along(2, 21)
-    turn = rope.turn(at.position, Rope(layout=layout), 4)
-    for more in ({}, {"sight": Sight(left=4, right=0)}, {"softcap": 2.0}):
-        compare(*tensors(2, 2, 2, 21, 21), q_at=at, k_at=at, q_turn=turn, k_turn=turn, **more)
-        compare(*tensors(2, 2, 2, 21, 21), q_at=at, k_at=at, q_turn=turn, **more)
+    rotation = rope.rotation(at.position, Rope(layout=layout), 4)
+    for more in ({}, {"window": Window(left=4, right=0)}, {"softcap": 2.0}):
+        compare(*tensors(2, 2, 2, 21, 21), q_at=at, k_at=at, q_rope=rotation, k_rope=rotation, **more)
+        compare(*tensors(2, 2, 2, 21, 21), q_at=at, k_at=at, q_rope=rotation, **more)
 
 
 # ---------------------------------------------------------------------------------------- any positions
-@given(st.sampled_from(SIGHTS), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 20),
+@given(st.sampled_from(WINDOWS), st.integers(1, 2), st.integers(1, 2), st.integers(1, 3), st.integers(1, 20),
        st.integers(1, 20), st.sampled_from([(4, 4), (6, 2)]), st.sets(st.sampled_from(["softcap", "sinks", "bias"])),
        st.booleans(), st.integers(0, 2**32 - 1))
-def test_any_shapes_positions_documents_and_gaps(sight, batch, kv, group, length, keys, widths, extras, prefix, seed):
+def test_any_shapes_positions_documents_and_gaps(window, batch, kv, group, length, keys, widths, extras, prefix, seed):
     """Rows that see nothing give 0 and no NaN gradients; tiles of 8 queries."""
     generator = torch.Generator().manual_seed(seed)
     def where(count):
@@ -134,7 +134,7 @@ def test_any_shapes_positions_documents_and_gaps(sight, batch, kv, group, length
     given = {"softcap": 2.0, "sinks": torch.randn(heads, dtype=torch.float64, requires_grad=True), "bias": Slope(heads)}
     before, tiled.ROWS = tiled.ROWS, 8
     try:
-        compare(*tensors(batch, heads, kv, length, keys, *widths), q_at=q_at, k_at=k_at, sight=sight,
+        compare(*tensors(batch, heads, kv, length, keys, *widths), q_at=q_at, k_at=k_at, window=window,
                 **{name: given[name] for name in extras})
     finally:
         tiled.ROWS = before
@@ -144,7 +144,7 @@ def test_any_shapes_positions_documents_and_gaps(sight, batch, kv, group, length
 def test_a_query_that_sees_nothing_gives_0(extras):
     q, k, v = tensors(1, 2, 2, 5, 5)
     at = packed(torch.tensor([[0, 0, -1, 1, 1]]))
-    y = attend(q, k, v, q_at=at, k_at=at, sight=CAUSAL, **extras)
+    y = attend(q, k, v, q_at=at, k_at=at, window=CAUSAL, **extras)
     assert y[:, :, 2].eq(0).all() and y[:, :, [0, 1, 3, 4]].ne(0).all()
     y.sum().backward()
     assert all(x.grad.isfinite().all() for x in (q, k, v)) and q.grad[:, :, 2].eq(0).all()
@@ -153,23 +153,24 @@ def test_a_query_that_sees_nothing_gives_0(extras):
 def test_one_row_of_positions_serves_the_batch(small_tiles):
     q, k, v = tensors(3, 2, 2, 20, 20)
     one, at = along(1, 20), along(3, 20)
-    for sight in (CAUSAL, Sight(left=3, right=0)):
-        close(attend(q, k, v, q_at=one, k_at=one, sight=sight), attend(q, k, v, q_at=at, k_at=at, sight=sight), 1e-12)
+    for window in (CAUSAL, Window(left=3, right=0)):
+        close(attend(q, k, v, q_at=one, k_at=one, window=window),
+              attend(q, k, v, q_at=at, k_at=at, window=window), 1e-12)
 
 
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float32, 1e-5), (torch.bfloat16, 4e-2), (torch.float16, 5e-3)])
-@pytest.mark.parametrize("extras", [{}, {"sight": CAUSAL}, {"sight": Sight(left=5, right=0)}, {"softcap": 2.0}])
+@pytest.mark.parametrize("extras", [{}, {"window": CAUSAL}, {"window": Window(left=5, right=0)}, {"softcap": 2.0}])
 def test_precision(dtype, tolerance, extras):
-    at, turn = along(2, 30), rope.turn(along(2, 30).position, Rope(), 16)
+    at, rotation = along(2, 30), rope.rotation(along(2, 30).position, Rope(), 16)
     rough = tensors(2, 4, 2, 30, 30, 16, 16, dtype)
     exact = [x.detach().double().requires_grad_() for x in rough]
     wanted = reference(*exact, Problem(
-        at, at, extras.get("sight", EVERYWHERE), 0.25, turn, turn, softcap=extras.get("softcap", 0.0)))
-    y = attend(*rough, q_at=at, k_at=at, q_turn=turn, k_turn=turn, **extras)
+        at, at, extras.get("window", EVERYWHERE), 0.25, rotation, rotation, softcap=extras.get("softcap", 0.0)))
+    y = attend(*rough, q_at=at, k_at=at, q_rope=rotation, k_rope=rotation, **extras)
     assert y.dtype == dtype
     close(y.double(), wanted, tolerance)
     with torch.no_grad():
-        close(attend(*rough, q_at=at, k_at=at, q_turn=turn, k_turn=turn, **extras).double(), wanted, tolerance)
+        close(attend(*rough, q_at=at, k_at=at, q_rope=rotation, k_rope=rotation, **extras).double(), wanted, tolerance)
     upstream = torch.randn_like(wanted)
     for ours, theirs in zip(torch.autograd.grad(y, rough, upstream.to(dtype)),
                             torch.autograd.grad(wanted, exact, upstream), strict=True):
@@ -178,7 +179,7 @@ def test_precision(dtype, tolerance, extras):
 
 
 # --------------------------------------------------------------------------------------- dropout, memory
-@pytest.mark.parametrize("extras", [{}, {"sight": CAUSAL}, {"sight": Sight(left=9, right=0)}, {"softcap": 2.0},
+@pytest.mark.parametrize("extras", [{}, {"window": CAUSAL}, {"window": Window(left=9, right=0)}, {"softcap": 2.0},
                                     {"sinks": torch.zeros(1)}, {"bias": lambda q_at, k_at: torch.zeros(())}])
 def test_dropout_drops_and_rescales_weights(extras):
     """Identity values turn the output into the weights themselves."""
@@ -203,7 +204,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("extras", [{"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"sight": Sight(left=30, right=0)},
+@pytest.mark.parametrize("extras", [{"softcap": 2.0}, {"sinks": torch.zeros(2)}, {"window": Window(left=30, right=0)},
                                     {"bias": lambda q_at, k_at: torch.zeros(1, 2, 1, 1)}, {"documents": True}])
 def test_no_scores_outlive_a_tile(extras):
     """Neither saved for the backward pass nor made at once: T x S would be 2 * 2048 * 2048 elements."""
@@ -221,7 +222,7 @@ def test_no_scores_outlive_a_tile(extras):
     with largest:
         y.sum().backward()
     assert largest.numel <= 2 * tiled.ROWS * (length + 1)
-    if "sight" in extras:
+    if "window" in extras:
         assert largest.numel <= max(2 * tiled.ROWS * (tiled.ROWS + 31), q.numel())
 
 
@@ -238,15 +239,15 @@ def test_dropout_in_tiles_is_the_same_when_recomputed():
 @pytest.mark.parametrize("path, call", [
     ("sdpa", {}),
     ("sdpa", {"k_at": along(2, 9)}),
-    ("sdpa causal", {"sight": CAUSAL}),
-    ("tiled", {"sight": CAUSAL, "k_at": along(2, 9)}),
-    ("tiled", {"sight": Sight(left=3, right=0)}),
+    ("sdpa causal", {"window": CAUSAL}),
+    ("tiled", {"window": CAUSAL, "k_at": along(2, 9)}),
+    ("tiled", {"window": Window(left=3, right=0)}),
     ("tiled", {"softcap": 1.0}),
     ("tiled", {"sinks": torch.zeros(2)}),
     ("tiled", {"bias": lambda q_at, k_at: 0}),
     ("sdpa", {"q_at": padded(torch.ones(2, 5))}),
     ("tiled", {"k_at": padded(torch.ones(2, 5))}),
-    ("tiled", {"sight": CAUSAL, "k_at": At(torch.arange(5).expand(2, 5), prefix=torch.ones(2, 5) > 0, regular=True)}),
+    ("tiled", {"window": CAUSAL, "k_at": At(torch.arange(5).expand(2, 5), prefix=torch.ones(2, 5) > 0, regular=True)}),
 ])
 def test_explain_names_the_path_and_the_reason(path, call):
     given = {"q_at": along(2, 5), "k_at": along(2, 5), **call}
@@ -280,8 +281,8 @@ def test_wrong_shapes_are_named(wrong, words):
     (dict(k_at=At(torch.zeros(1, 5).long(), torch.zeros(1, 4))), r"k_at has documents \(1, 4\) for 1 rows of 5 tokens"),
     (dict(k_at=At(torch.zeros(1, 5).long(), prefix=torch.zeros(5))), r"k_at has a prefix \(5,\)"),
     (dict(q_at=At(torch.zeros(1, 5))), "positions of q_at must be integers, not torch.float32"),
-    (dict(q_turn=rope.turn(along(1, 4).position, Rope(), 8)), r"q_turn has rotations \(1, 1, 4, 8\)"),
-    (dict(k_turn=rope.turn(along(1, 5).position, Rope(), 16)), r"k_turn has rotations \(1, 1, 5, 16\)"),
+    (dict(q_rope=rope.rotation(along(1, 4).position, Rope(), 8)), r"q_rope has rotations \(1, 1, 4, 8\)"),
+    (dict(k_rope=rope.rotation(along(1, 5).position, Rope(), 16)), r"k_rope has rotations \(1, 1, 5, 16\)"),
     (dict(softcap=-1.0), "softcap must not be negative"),
     (dict(dropout=1.0), r"dropout lie in 0\.\.1"),
     (dict(sinks=torch.zeros(3)), r"sinks \(2,\), not \(3,\)"),
@@ -325,6 +326,6 @@ def test_debug_lets_pass_what_is_right():
     ring = At(torch.tensor([[4, 5, -1, -2]]), torch.tensor([[9, 3, 9, 0]]))
     x = torch.zeros(1, 1, 4, 8)
     with debug():
-        attend(x, x, x, q_at=ids(9, 9, -1, 3), k_at=ring, sight=CAUSAL)
+        attend(x, x, x, q_at=ids(9, 9, -1, 3), k_at=ring, window=CAUSAL)
         attend(x, x, x, q_at=along(1, 4), k_at=along(1, 4))
     attend(x, x, x, q_at=ids(5, 7, 5, 7), k_at=ring)  # not looked at any more

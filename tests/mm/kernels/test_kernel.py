@@ -17,7 +17,7 @@ from mm.positions.absolute import BucketBias
 from mm.positions.visibility import At, along
 from mm.recipes.bench.attention_compile import SHARED, compile_all, suite
 from mm.recipes.bench.attention_questions import Question
-from mm.spec import CAUSAL, Buckets, Rope, Sight
+from mm.spec import CAUSAL, Buckets, Rope, Window
 
 CHECKS = Path(__file__).parent / "kernel_checks.py"
 QUICK = ["head 64, full", "head 128, causal", "head 192/128 (MLA), causal", "head 128, documents, GQA 4:1",
@@ -42,7 +42,7 @@ from mm.visibility import along
 x = torch.randn(1, 2, 600, 16)
 with torch.no_grad():
     for extras in ({}, {"softcap": 2.0}):
-        attend(x, x, x, q_at=along(1, 600), k_at=along(1, 600), sight=CAUSAL, **extras)
+        attend(x, x, x, q_at=along(1, 600), k_at=along(1, 600), window=CAUSAL, **extras)
 assert "triton" not in sys.modules
 """
     subprocess.run([sys.executable, "-c", code], check=True)
@@ -75,7 +75,7 @@ def test_compiled_for_every_gpu(name, arch):
                                                         (64, 1, 131072, 1), (64, 1, 100, 0), (1, 40, 4096, 0)])
 def test_decoding_fills_the_gpu_whatever_the_batch(batch, length, keys, parts):
     """Of 8 query heads to a key head: with keys in parts, with rows enough in one; 0 is the ordinary forward pass."""
-    question = Question(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", sight=CAUSAL)
+    question = Question(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", window=CAUSAL)
     meta = torch.device("meta")
     call = Call(*arguments(*question.tensors(meta, torch.bfloat16), question.problem(meta)))
     assert splits(call) == parts
@@ -90,21 +90,21 @@ def on_a_gpu(monkeypatch):
 
 @pytest.mark.parametrize("path, length, keys, extras", [
     ("sdpa", 2048, 2048, {}),
-    ("sdpa causal", 2048, 2048, {"sight": CAUSAL}),
-    ("kernel", 2048, 2048, {"sight": Sight(left=1023, right=0)}),
+    ("sdpa causal", 2048, 2048, {"window": CAUSAL}),
+    ("kernel", 2048, 2048, {"window": Window(left=1023, right=0)}),
     ("kernel", 2048, 2048, {"softcap": 30.0}),
     ("kernel", 2048, 2048, {"sinks": torch.zeros(4)}),
     ("kernel", 2048, 2048, {"bias": BucketBias(Buckets(), 4)}),
     ("tiled", 2048, 2048, {"bias": lambda q_at, k_at: 0}),
-    ("tiled", 2048, 2048, {"sight": Sight(left=1023, right=0, first=4)}),
-    ("kernel", 197, 197, {"q_turn": True}),
-    ("sdpa", 2048, 2048, {"q_turn": True}),
-    ("kernel", 1, 4096, {"sight": CAUSAL}),
+    ("tiled", 2048, 2048, {"window": Window(left=1023, right=0, first=4)}),
+    ("kernel", 197, 197, {"q_rope": True}),
+    ("sdpa", 2048, 2048, {"q_rope": True}),
+    ("kernel", 1, 4096, {"window": CAUSAL}),
 ])
 def test_a_gpu_gets_the_kernel_where_it_is_better(path, length, keys, extras, on_a_gpu):
     q_at = along(1, length) if length > 1 else At(torch.tensor([[keys - 1]]))
-    if "q_turn" in extras:
-        extras = {"q_turn": rope.turn(q_at.position, Rope(), 64)}
+    if "q_rope" in extras:
+        extras = {"q_rope": rope.rotation(q_at.position, Rope(), 64)}
     q, k = torch.empty(1, 4, length, 64), torch.empty(1, 2, keys, 64)
     said = explain(q, k, k, q_at=q_at, k_at=along(1, keys), **extras)
     assert said.split(": ")[0] == path

@@ -15,7 +15,7 @@ from mm.spec import CAUSAL, DecoderSpec, Embed, Rope
 
 def make(tied, **more):
     return redraw(TextDecoder(DecoderSpec(embed=Embed(vocab=61), context=64, head=spec.LMHead(tied=tied), stack=stack(
-        attention(sight=CAUSAL, rope=Rope(), **more), final_norm=spec.RMSNorm()))))
+        attention(window=CAUSAL, rope=Rope(), **more), final_norm=spec.RMSNorm()))))
 
 
 @pytest.mark.parametrize("tied", [True, False])

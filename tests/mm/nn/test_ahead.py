@@ -14,7 +14,7 @@ from mm import TextDecoder, spec
 from mm.decode.sampling import Sampling
 from mm.decode.speculate import Ahead
 from mm.errors import InputError
-from mm.spec import CAUSAL, DecoderSpec, Embed, Layer, Rope, Sight
+from mm.spec import CAUSAL, DecoderSpec, Embed, Layer, Rope, Window
 
 DEPTH, HEADS = 3, 2
 CONFIG = {
@@ -102,8 +102,8 @@ def small(heads=3):
     """Heads with and without a window over one of Llama's layers."""
     bare = dict(q_bias=False, k_bias=False, v_bias=False, out_bias=False, rope=Rope())
     mlp = spec.Mlp(hidden=48, act="silu", gated=True, up_bias=False, down_bias=False)
-    layers = tuple(Layer(mixer=attention(sight=sight, **bare), mlp=mlp, norm=spec.RMSNorm())
-                   for sight in (CAUSAL, Sight(left=4, right=0), CAUSAL))
+    layers = tuple(Layer(mixer=attention(window=window, **bare), mlp=mlp, norm=spec.RMSNorm())
+                   for window in (CAUSAL, Window(left=4, right=0), CAUSAL))
     torch.manual_seed(0)
     return redraw(TextDecoder(DecoderSpec(
         embed=Embed(vocab=31), context=64, ahead=layers[:heads],

@@ -19,7 +19,7 @@ from mm.nn.attention import CrossAttention
 from mm.nn.transformer import Transformer
 from mm.positions import rope
 from mm.positions.visibility import along, padded
-from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Sight
+from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Window
 
 DIM, LENGTH, WINDOW = 32, 40, 7
 BIASLESS = dict(q_bias=False, k_bias=False, v_bias=False, out_bias=False)
@@ -44,7 +44,7 @@ def test_sinks_are_gpt_osss():
     config = GptOssConfig(**GROUPED, head_dim=8, sliding_window=WINDOW, rope_parameters=dict(
         rope_type="default", rope_theta=10000.0))
     theirs = redraw(GptOssAttention(config, 0), 1.0)
-    ours = alone(attention(sight=Sight(left=WINDOW - 1, right=0), sinks=True, rope=Rope()))
+    ours = alone(attention(window=Window(left=WINDOW - 1, right=0), sinks=True, rope=Rope()))
     carry(ours, theirs.state_dict(), SELF | {"blocks.{}.mixer.sinks": "sinks"})
     x = torch.randn(2, LENGTH, DIM)
     close(ours(x), x + called(theirs, GptOssRotaryEmbedding(config), x, WINDOW))
@@ -52,7 +52,7 @@ def test_sinks_are_gpt_osss():
 
 def test_a_gate_per_element_is_qwen3_nexts():
     theirs = redraw(Qwen3NextAttention(Qwen3NextConfig(**GROUPED, head_dim=8, rms_norm_eps=1e-6), 0))
-    ours = alone(attention(sight=CAUSAL, rope=Rope(), gate="element", **BIASLESS,
+    ours = alone(attention(window=CAUSAL, rope=Rope(), gate="element", **BIASLESS,
                            qk_norm=spec.QKNorm(norm=RMSNorm(order="one_plus"))))
     source = theirs.state_dict()
     q, gate = source["q_proj.weight"].unflatten(0, (4, 2, 8)).unbind(1)
@@ -82,8 +82,8 @@ def test_first_positions_that_stay_are_streaming_llms(layout):
     """A late token sees what a model without a window would see that was given the first tokens and the last ones,
     counted from 0 (Xiao et al., 2023, section 3.2: positions within the cache)."""
     first, left = 2, 6
-    windowed = stack(attention(sight=Sight(left=left, right=0, first=first), rope=Rope(theta=50, layout=layout)))
-    free = stack(attention(sight=CAUSAL, rope=Rope(theta=50, layout=layout)))
+    windowed = stack(attention(window=Window(left=left, right=0, first=first), rope=Rope(theta=50, layout=layout)))
+    free = stack(attention(window=CAUSAL, rope=Rope(theta=50, layout=layout)))
     ours, theirs = model(windowed, torch.float64), model(free, torch.float64)
     theirs.load_state_dict(ours.state_dict())
     x = torch.randn(1, 30, 32, dtype=torch.float64)
@@ -102,8 +102,8 @@ def test_an_extra_key_is_torchs_add_bias_kv():
              "blocks.{}.mixer.out": "out_proj", "blocks.{}.mixer.extra_k": "bias_k",
              "blocks.{}.mixer.extra_v": "bias_v"}
     x, mask = torch.randn(2, LENGTH, DIM), torch.ones(LENGTH, LENGTH, dtype=torch.bool).triu(1)
-    for sight, blind in ((spec.EVERYWHERE, None), (CAUSAL, mask)):
-        ours = alone(attention(kv_heads=4, sight=sight, extra_key=True))
+    for window, blind in ((spec.EVERYWHERE, None), (CAUSAL, mask)):
+        ours = alone(attention(kv_heads=4, window=window, extra_key=True))
         carry(ours, source, table)
         close(ours(x), x + theirs(x, x, x, attn_mask=blind)[0])
 
@@ -111,11 +111,11 @@ def test_an_extra_key_is_torchs_add_bias_kv():
 def test_an_extra_key_does_not_turn():
     net, x = redraw(alone(attention(kv_heads=4, extra_key=True, rope=Rope()))), torch.randn(2, LENGTH, DIM)
     mixer = net.blocks[0].mixer
-    turn = rope.turn(along(2, LENGTH).position, Rope(), 8)
+    rotation = rope.rotation(along(2, LENGTH).position, Rope(), 8)
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in mixer.qkv(x))
     extra_k, extra_v = (y[None, :, None].expand(2, -1, -1, -1) for y in (mixer.extra_k, mixer.extra_v))
     heads = nn.functional.scaled_dot_product_attention(
-        rope.apply(q, turn), torch.cat([rope.apply(k, turn), extra_k], 2), torch.cat([v, extra_v], 2))
+        rope.apply(q, rotation), torch.cat([rope.apply(k, rotation), extra_k], 2), torch.cat([v, extra_v], 2))
     close(net(x), x + mixer.out(heads.transpose(1, 2).flatten(2)))
 
 
@@ -145,7 +145,7 @@ def test_grouped_differential_attention_is_diffllamas():
             source[name] = source[name].unflatten(0, (2, -1, 8)).transpose(0, 1).flatten(0, 2)
     mlp = spec.Mlp(hidden=48, act="silu", gated=True, up_bias=False, down_bias=False)
     norm = RMSNorm(eps=config.rms_norm_eps)
-    base = attention(sight=CAUSAL, rope=Rope(), **BIASLESS)
+    base = attention(window=CAUSAL, rope=Rope(), **BIASLESS)
     mixers = [spec.Differential(base=base, lambda_init=layer.self_attn.lambda_init,
                                 norm=spec.L2Norm(eps=config.rms_norm_eps)) for layer in theirs.layers]
     ours = Transformer(spec.Stack(dim=DIM, layers=tuple(spec.Layer(mixer=m, mlp=mlp, norm=norm) for m in mixers),
@@ -188,9 +188,9 @@ def test_learned_mixed_frequencies_turn_queries_and_keys():
     net = redraw(alone(attention(kv_heads=4, rope=Rope(axes=spec.Mixed()))))
     x, coords = torch.randn(2, LENGTH, DIM), rope.grid(5, 8).expand(2, -1, -1)
     mixer = net.blocks[0].mixer
-    turn = rope.turn(coords, mixer.settings.rope, 8, mixer.mixed)
+    rotation = rope.rotation(coords, mixer.settings.rope, 8, mixer.mixed)
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in mixer.qkv(x))
-    heads = nn.functional.scaled_dot_product_attention(rope.apply(q, turn), rope.apply(k, turn), v)
+    heads = nn.functional.scaled_dot_product_attention(rope.apply(q, rotation), rope.apply(k, rotation), v)
     close(net(x, along(2, LENGTH, coords=coords)), x + mixer.out(heads.transpose(1, 2).flatten(2)))
     net(x, along(2, LENGTH, coords=coords)).square().sum().backward()
     assert mixer.mixed.grad.abs().min() > 0
@@ -201,7 +201,7 @@ def test_a_decoder_layer_is_whispers():
     """Pre-norm, cross-attention, keys without a bias in both attentions."""
     theirs = redraw(WhisperDecoderLayer(WhisperConfig(d_model=DIM, decoder_attention_heads=4, decoder_ffn_dim=48), 0))
     heads = attention(kv_heads=4, k_bias=False)
-    own = attention(kv_heads=4, k_bias=False, sight=CAUSAL)
+    own = attention(kv_heads=4, k_bias=False, window=CAUSAL)
     ours = Transformer(spec.Stack(dim=DIM, layers=(spec.Layer(mixer=own, cross=heads, mlp=spec.Mlp(hidden=48)),)))
     carry(ours, theirs.state_dict(), {
         "blocks.{}.mixer_norm": "self_attn_layer_norm", "blocks.{}.cross_norm": "encoder_attn_layer_norm",
@@ -219,7 +219,7 @@ def test_a_post_norm_decoder_is_torchs():
     """Cross-attention under norms on the residual sum, with padding in the memory."""
     theirs = redraw(nn.TransformerDecoder(nn.TransformerDecoderLayer(DIM, 4, 48, batch_first=True), 2))
     heads = attention(kv_heads=4)
-    layer = spec.Layer(mixer=attention(kv_heads=4, sight=CAUSAL), cross=heads, mlp=spec.Mlp(hidden=48, act="relu"),
+    layer = spec.Layer(mixer=attention(kv_heads=4, window=CAUSAL), cross=heads, mlp=spec.Mlp(hidden=48, act="relu"),
                        placement="residual_post")
     ours = Transformer(spec.Stack(dim=DIM, layers=(layer, layer)))
     source = dict(theirs.state_dict())

@@ -24,7 +24,7 @@ def stack(router=None, depth=3):
     """Mixtures in every layer but the second."""
     moe = spec.Moe(experts=EXPERTS, chosen=CHOSEN, expert=EXPERT,
                    router=router or spec.Router(score="sigmoid", correction=True))
-    layers = (spec.Layer(mixer=attention(sight=spec.CAUSAL), mlp=EXPERT if i == 1 else moe) for i in range(depth))
+    layers = (spec.Layer(mixer=attention(window=spec.CAUSAL), mlp=EXPERT if i == 1 else moe) for i in range(depth))
     return spec.Stack(dim=32, layers=tuple(layers))
 
 

@@ -9,7 +9,7 @@ from transformers.activations import ACT2FN
 
 from mm import spec
 from mm.errors import InputError
-from mm.nn.attention import Scene
+from mm.nn.attention import AttentionInputs
 from mm.nn.block import Block
 from mm.nn.mlp import ACTIVATIONS, Mlp
 from mm.positions.visibility import along
@@ -47,9 +47,9 @@ FORMULAS = {
 }
 
 
-def branches(block, scene, memory, memory_at):
+def branches(block, inputs, memory, memory_at):
     """(branch, norm, post-norm, scale) of each part that the block has."""
-    parts = {"mixer": lambda y: block.mixer(y, scene), "cross": lambda y: block.cross(y, scene.at, memory, memory_at),
+    parts = {"mixer": lambda y: block.mixer(y, inputs), "cross": lambda y: block.cross(y, inputs.at, memory, memory_at),
              "mlp": lambda y: block.mlp(y)}
     return [(run, *(getattr(block, f"{name}_{what}", None) for what in ("norm", "post_norm", "scale")))
             for name, run in parts.items() if getattr(block, name) is not None]
@@ -62,24 +62,24 @@ def test_serial_placements_written_out(placement, cross, mlp, scale):
     block = redraw(Block(32, Layer(mixer=attention(), cross=attention() if cross else None, placement=placement,
                                    mlp=spec.Mlp(hidden=48) if mlp else None, layer_scale=scale)))
     y = x = torch.randn(2, 9, 32)
-    memory, scene, memory_at = torch.randn(2, 5, 32), Scene(along(2, 9)), along(2, 5)
-    parts = branches(block, scene, memory, memory_at)
+    memory, inputs, memory_at = torch.randn(2, 5, 32), AttentionInputs(along(2, 9)), along(2, 5)
+    parts = branches(block, inputs, memory, memory_at)
     assert len(parts) == 1 + cross + mlp
     for run, norm, post_norm, learned in parts:
         assert (learned is None) == (scale is None)
         gain = 1 if learned is None else learned
         y = FORMULAS[placement](y, run, norm, post_norm, gain)
-    close(block(x, scene, memory, memory_at), y, 1e-6)
+    close(block(x, inputs, memory, memory_at), y, 1e-6)
 
 
 @pytest.mark.parametrize("scale", [None, 0.1])
 @pytest.mark.parametrize("placement", ["parallel", "parallel_norms"])
 def test_parallel_placements_written_out(placement, scale):
     block = redraw(Block(32, Layer(mixer=attention(), mlp=spec.Mlp(hidden=48), placement=placement, layer_scale=scale)))
-    x, scene = torch.randn(2, 9, 32), Scene(along(2, 9))
+    x, inputs = torch.randn(2, 9, 32), AttentionInputs(along(2, 9))
     second = block.mixer_norm if placement == "parallel" else block.mlp_norm
     a, b = (1, 1) if scale is None else (block.mixer_scale, block.mlp_scale)
-    close(block(x, scene), x + a * block.mixer(block.mixer_norm(x), scene) + b * block.mlp(second(x)), 1e-6)
+    close(block(x, inputs), x + a * block.mixer(block.mixer_norm(x), inputs) + b * block.mlp(second(x)), 1e-6)
 
 
 def test_layer_scale_starts_at_its_value():
@@ -136,7 +136,7 @@ def test_mlp_dropout_is_before_the_last_product():
     assert abs(kept.float().mean() - 0.75) < 0.01
 
 
-@pytest.mark.parametrize("mixer", [dict(), dict(softcap=5.0), dict(sight=spec.Sight(left=3, right=3))])
+@pytest.mark.parametrize("mixer", [dict(), dict(softcap=5.0), dict(window=spec.Window(left=3, right=3))])
 def test_attention_dropout_drops_weights_while_training_alone(mixer):
     """Values of 1 turn the heads into sums of weights: 1 in evaluation, 1 on average in training."""
     net = model(stack(attention(dropout=0.5, **mixer), mlp=None))
@@ -163,8 +163,9 @@ def test_drop_path_ramps_up_to_its_rate():
 
 # ----------------------------------------------------------------------------------------------- gradients
 @pytest.mark.parametrize("mixer", [
-    attention(head_dim=4, rope=Rope(), sight=CAUSAL, qk_norm=spec.QKNorm(norm=RMSNorm(), over="flat")),
-    attention(head_dim=4, rope=Rope(layout="interleaved"), softcap=2.0, sinks=True, sight=spec.Sight(left=2, right=0)),
+    attention(head_dim=4, rope=Rope(), window=CAUSAL, qk_norm=spec.QKNorm(norm=RMSNorm(), over="flat")),
+    attention(head_dim=4, rope=Rope(layout="interleaved"), softcap=2.0, sinks=True,
+              window=spec.Window(left=2, right=0)),
     attention(head_dim=4, extra_key=True, gate="head", qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True),
               rope=Rope()),
     spec.Differential(base=attention(heads=2, kv_heads=1, head_dim=4, rope=Rope()), lambda_init=0.5),

@@ -22,7 +22,7 @@ from transformers.models.t5.modeling_t5 import T5Config, T5EncoderModel
 
 from mm import spec
 from mm.nn.transformer import Transformer
-from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Sight
+from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Window
 
 DIM, HIDDEN, LENGTH, WINDOW = 32, 48, 40, 7
 SIZES = dict(hidden_size=DIM, intermediate_size=HIDDEN, num_hidden_layers=2, num_attention_heads=4, vocab_size=16,
@@ -69,7 +69,7 @@ def gpt2():
     theirs = redraw(GPT2Model(GPT2Config(n_embd=DIM, n_layer=2, n_head=4, n_inner=HIDDEN, vocab_size=16)))
     theirs.wpe.weight.data.zero_()
     source = {name: x.T if ".c_" in name and x.ndim == 2 else x for name, x in theirs.state_dict().items()}
-    ours = layers(*[attention(kv_heads=4, sight=CAUSAL)] * 2, layer=dict(mlp=spec.Mlp(hidden=HIDDEN, act="gelu_tanh")),
+    ours = layers(*[attention(kv_heads=4, window=CAUSAL)] * 2, layer=dict(mlp=spec.Mlp(hidden=HIDDEN, act="gelu_tanh")),
                   final_norm=LayerNorm())
     table = {"blocks.{}.mixer_norm": "h.{}.ln_1", "blocks.{}.mixer.qkv": "h.{}.attn.c_attn",
              "blocks.{}.mixer.out": "h.{}.attn.c_proj", "blocks.{}.mlp_norm": "h.{}.ln_2",
@@ -83,7 +83,7 @@ def llama():
     theirs = redraw(LlamaModel(LlamaConfig(**GROUPED, attention_bias=True, mlp_bias=True, rms_norm_eps=1e-3)))
     mlp = spec.Mlp(hidden=HIDDEN, act="silu", gated=True)
     norm = RMSNorm(eps=1e-3)
-    ours = layers(*[attention(sight=CAUSAL, rope=Rope())] * 2, layer=dict(mlp=mlp, norm=norm), final_norm=norm)
+    ours = layers(*[attention(window=CAUSAL, rope=Rope())] * 2, layer=dict(mlp=mlp, norm=norm), final_norm=norm)
     return last(theirs), theirs.state_dict(), ours, LLAMA
 
 
@@ -91,7 +91,7 @@ def llama():
 def mistral():
     """A window that counts the token itself."""
     theirs = redraw(MistralModel(MistralConfig(**GROUPED, sliding_window=WINDOW)))
-    mixer = attention(sight=Sight(left=WINDOW - 1, right=0), rope=Rope(), **BIASLESS)
+    mixer = attention(window=Window(left=WINDOW - 1, right=0), rope=Rope(), **BIASLESS)
     ours = layers(mixer, mixer, layer=dict(mlp=swiglu(), norm=RMSNorm()), final_norm=RMSNorm())
     return last(theirs), theirs.state_dict(), ours, LLAMA
 
@@ -100,7 +100,7 @@ def mistral():
 def qwen3():
     """Queries and keys normalised per head; heads wider than dim / heads."""
     theirs = redraw(Qwen3Model(Qwen3Config(**GROUPED, head_dim=16)))
-    mixer = attention(head_dim=16, sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=RMSNorm()), **BIASLESS)
+    mixer = attention(head_dim=16, window=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=RMSNorm()), **BIASLESS)
     ours = layers(mixer, mixer, layer=dict(mlp=swiglu(), norm=RMSNorm()), final_norm=RMSNorm())
     return last(theirs), theirs.state_dict(), ours, LLAMA | QK_NORM
 
@@ -113,9 +113,9 @@ def llama4():
         attention_chunk_size=WINDOW, attn_temperature_tuning=False,
         rope_parameters=dict(rope_type="default", rope_theta=500.0))))
     norm = RMSNorm(eps=1e-5)
-    near = attention(sight=Sight(right=0, chunk=WINDOW), rope=Rope(theta=500.0, layout="interleaved"),
+    near = attention(window=Window(right=0, chunk=WINDOW), rope=Rope(theta=500.0, layout="interleaved"),
                      qk_norm=spec.QKNorm(norm=spec.L2Norm(eps=1e-5), after_rope=True), **BIASLESS)
-    ours = layers(near, attention(sight=CAUSAL, **BIASLESS), layer=dict(mlp=swiglu(), norm=norm), final_norm=norm)
+    ours = layers(near, attention(window=CAUSAL, **BIASLESS), layer=dict(mlp=swiglu(), norm=norm), final_norm=norm)
     source = {name.replace(".feed_forward.", ".mlp."): x for name, x in theirs.state_dict().items()}
     return last(theirs), source, ours, LLAMA
 
@@ -127,8 +127,8 @@ def gemma2():
     theirs = redraw(Gemma2Model(Gemma2Config(**GROUPED, head_dim=16, sliding_window=WINDOW, query_pre_attn_scalar=9,
                                              attn_logit_softcapping=2.0)))
     norm = RMSNorm(order="one_plus")
-    near, far = (attention(head_dim=16, sight=sight, rope=Rope(), softcap=2.0, scale=9.0**-0.5, **BIASLESS)
-                 for sight in (Sight(left=WINDOW - 1, right=0), CAUSAL))
+    near, far = (attention(head_dim=16, window=window, rope=Rope(), softcap=2.0, scale=9.0**-0.5, **BIASLESS)
+                 for window in (Window(left=WINDOW - 1, right=0), CAUSAL))
     ours = layers(near, far, layer=dict(mlp=swiglu("gelu_tanh"), norm=norm, placement="sandwich"), final_norm=norm)
     table = LLAMA | {"blocks.{}.mixer_post_norm": "layers.{}.post_attention_layernorm",
                      "blocks.{}.mlp_norm": "layers.{}.pre_feedforward_layernorm",
@@ -142,7 +142,7 @@ def olmo2():
     """Norms behind the branches; queries and keys normalised over all heads at once."""
     theirs = redraw(Olmo2Model(Olmo2Config(**GROUPED)))
     norm = RMSNorm(eps=1e-5, order="scale_then_cast")
-    mixer = attention(sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=norm, over="flat"), **BIASLESS)
+    mixer = attention(window=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=norm, over="flat"), **BIASLESS)
     ours = layers(mixer, mixer, layer=dict(mlp=swiglu(), norm=norm, placement="post_branch"), final_norm=norm)
     table = LLAMA | QK_NORM | {"blocks.{}.mixer_norm": "layers.{}.post_attention_layernorm",
                                "blocks.{}.mlp_norm": "layers.{}.post_feedforward_layernorm"}
@@ -168,7 +168,7 @@ def falcon():
     """Parallel branches behind one norm, one key head for all queries."""
     theirs = redraw(FalconModel(FalconConfig(**SIZES | dict(ffn_hidden_size=HIDDEN), parallel_attn=True, bias=False)))
     mlp = spec.Mlp(hidden=HIDDEN, up_bias=False, down_bias=False)
-    mixer = attention(kv_heads=1, sight=CAUSAL, rope=Rope(), **BIASLESS)
+    mixer = attention(kv_heads=1, window=CAUSAL, rope=Rope(), **BIASLESS)
     ours = layers(mixer, mixer, layer=dict(mlp=mlp, placement="parallel"), final_norm=LayerNorm())
     table = {"blocks.{}.mixer_norm": "h.{}.input_layernorm",
              "blocks.{}.mixer.qkv": "h.{}.self_attention.query_key_value",
@@ -181,7 +181,7 @@ def falcon():
 def gptj():
     """Parallel with an interleaved rope over part of the head."""
     theirs = redraw(GPTJModel(GPTJConfig(n_embd=DIM, n_layer=2, n_head=4, n_inner=HIDDEN, rotary_dim=4, vocab_size=16)))
-    mixer = attention(kv_heads=4, sight=CAUSAL, rope=Rope(dim=4, layout="interleaved"), **BIASLESS)
+    mixer = attention(kv_heads=4, window=CAUSAL, rope=Rope(dim=4, layout="interleaved"), **BIASLESS)
     ours = layers(mixer, mixer, layer=dict(mlp=spec.Mlp(hidden=HIDDEN, act="gelu_tanh"), placement="parallel"),
                   final_norm=LayerNorm())
     table = {"blocks.{}.mixer_norm": "h.{}.ln_1", "blocks.{}.mixer.qkv": tuple(f"h.{{}}.attn.{x}_proj" for x in "qkv"),
@@ -201,7 +201,7 @@ def gpt_neox():
     """Parallel branches with a norm each, a rope over a quarter of the head."""
     theirs = redraw(GPTNeoXModel(GPTNeoXConfig(**SIZES | dict(hidden_size=64), rope_parameters=dict(
         rope_type="default", rope_theta=10000.0, partial_rotary_factor=0.25))))
-    mixer = attention(kv_heads=4, head_dim=16, sight=CAUSAL, rope=Rope(dim=4))
+    mixer = attention(kv_heads=4, head_dim=16, window=CAUSAL, rope=Rope(dim=4))
     layer = spec.Layer(mixer=mixer, mlp=spec.Mlp(hidden=HIDDEN), placement="parallel_norms")
     ours = spec.Stack(dim=64, layers=(layer, layer), final_norm=LayerNorm())
     table = {"blocks.{}.mixer_norm": "layers.{}.input_layernorm", "final_norm": "final_layer_norm",
@@ -222,7 +222,7 @@ def modernbert():
     theirs.embeddings.norm = nn.Identity()
     norm = LayerNorm(bias=False)
     far = attention(kv_heads=4, rope=Rope(theta=500.0), **BIASLESS)
-    near = attention(kv_heads=4, rope=Rope(theta=100.0), sight=Sight(left=WINDOW, right=WINDOW), **BIASLESS)
+    near = attention(kv_heads=4, rope=Rope(theta=100.0), window=Window(left=WINDOW, right=WINDOW), **BIASLESS)
     both = (spec.Layer(mixer=far, mlp=swiglu("gelu"), norm=norm, mixer_norm=False),
             spec.Layer(mixer=near, mlp=swiglu("gelu"), norm=norm))
     source = dict(theirs.state_dict())
@@ -260,7 +260,7 @@ def bloom():
     """ALiBi."""
     theirs = redraw(BloomModel(BloomConfig(hidden_size=DIM, n_layer=2, n_head=4, vocab_size=16)))
     theirs.word_embeddings_layernorm = nn.Identity()
-    mixer = attention(kv_heads=4, sight=CAUSAL)
+    mixer = attention(kv_heads=4, window=CAUSAL)
     ours = layers(mixer, mixer, layer=dict(mlp=spec.Mlp(hidden=4 * DIM, act="gelu_tanh")), final_norm=LayerNorm(),
                   relative=spec.Alibi())
     table = {"blocks.{}.mixer_norm": "h.{}.input_layernorm", "blocks.{}.mlp_norm": "h.{}.post_attention_layernorm",

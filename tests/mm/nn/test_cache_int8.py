@@ -8,12 +8,12 @@ from mm import TextDecoder, spec
 from mm.decode.engine import Engine
 from mm.decode.sampling import Sampling
 from mm.nn.state import Int8Cache
-from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Sight
+from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
 from mm.tree import tensors
 
 SPEC = DecoderSpec(embed=Embed(vocab=31), context=64, stack=stack(
-    attention(sight=Sight(left=6, right=0), rope=Rope(), head_dim=32),
-    attention(sight=CAUSAL, rope=Rope(), head_dim=32),
+    attention(window=Window(left=6, right=0), rope=Rope(), head_dim=32),
+    attention(window=CAUSAL, rope=Rope(), head_dim=32),
     final_norm=spec.RMSNorm()))
 
 

@@ -13,7 +13,7 @@ from mm import spec
 from mm.lowbit.quantize import quantize
 from mm.nn.lora import add_lora, lora_state, merge_lora
 from mm.nn.transformer import Transformer
-from mm.spec import Rope, Sight
+from mm.spec import Rope, Window
 from mm.tree import tensors
 
 DIM, LENGTH = 32, 40
@@ -22,7 +22,7 @@ YARN = dict(rope_type="yarn", rope_theta=1e4, factor=4.0, original_max_position_
             mscale_all_dim=1.3, beta_fast=32, beta_slow=1)
 KINDS = {"direct": spec.Latent(**SIZES, rope=Rope(layout="interleaved")),
          "compressed": spec.Latent(**SIZES, q_rank=12, bias=True, rope=Rope()),
-         "window": spec.Latent(**SIZES, q_rank=12, rope=Rope(), sight=Sight(left=5, right=0))}
+         "window": spec.Latent(**SIZES, q_rank=12, rope=Rope(), window=Window(left=5, right=0))}
 
 
 def net(kind):
@@ -50,10 +50,10 @@ def test_it_is_deepseeks(q_rank, interleaved):
             "qkv": first, "q_norm": "q_a_layernorm", "q_up": "q_b_proj", "kv_norm": "kv_a_layernorm",
             "kv_up": "kv_b_proj", "out": "o_proj"}.items()})
     x = torch.randn(2, LENGTH, DIM)
-    turn = DeepseekV3RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
+    rotation = DeepseekV3RotaryEmbedding(config)(x, torch.arange(LENGTH)[None])
     mask = torch.full((LENGTH, LENGTH), -torch.inf).triu(1)
     with torch.no_grad():
-        close(ours(x), x + theirs(x, turn, mask.expand(2, 1, -1, -1))[0])
+        close(ours(x), x + theirs(x, rotation, mask.expand(2, 1, -1, -1))[0])
 
 
 @torch.no_grad()

@@ -17,28 +17,28 @@ from mm import spec
 from mm.errors import InputError
 from mm.nn.transformer import Transformer
 from mm.positions.visibility import At, along, padded
-from mm.spec import CAUSAL, Rope, Sight, schema
+from mm.spec import CAUSAL, Rope, Window, schema
 from mm.tree import tensors
 
 ROWS, LENGTH, CHUNK = 3, 64, 3
-RINGS = (attention(sight=Sight(left=4, right=0), rope=Rope(), sinks=True), attention(sight=Sight(right=0, chunk=5)))
-MIX = (*RINGS, attention(sight=CAUSAL, rope=Rope(layout="interleaved"), extra_key=True, gate="head"))
-DIFFERENTIAL = spec.Differential(base=attention(heads=2, kv_heads=1, sight=Sight(left=2, right=0), rope=Rope()),
+RINGS = (attention(window=Window(left=4, right=0), rope=Rope(), sinks=True), attention(window=Window(right=0, chunk=5)))
+MIX = (*RINGS, attention(window=CAUSAL, rope=Rope(layout="interleaved"), extra_key=True, gate="head"))
+DIFFERENTIAL = spec.Differential(base=attention(heads=2, kv_heads=1, window=Window(left=2, right=0), rope=Rope()),
                                  lambda_init=0.4)
 LATENT = spec.Latent(heads=4, q_rank=12, kv_rank=16, nope_dim=6, rope_dim=4, value_dim=5, rope=Rope())
-LATE_NORM = attention(sight=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True))
+LATE_NORM = attention(window=CAUSAL, rope=Rope(), qk_norm=spec.QKNorm(norm=spec.L2Norm(), after_rope=True))
 STACKS = {
     "rings": stack(*RINGS),
-    "first": stack(attention(sight=Sight(left=6, right=0, first=2), rope=Rope()),
-                   attention(sight=Sight(left=6, right=0)),
-                   attention(sight=Sight(left=4, right=0, first=4), rope=Rope(dim=4, layout="interleaved"), sinks=True,
-                             scale=0.5)),
-    "static": stack(attention(sight=CAUSAL, softcap=3.0), relative=spec.Alibi()),
+    "first": stack(attention(window=Window(left=6, right=0, first=2), rope=Rope()),
+                   attention(window=Window(left=6, right=0)),
+                   attention(window=Window(left=4, right=0, first=4), rope=Rope(dim=4, layout="interleaved"),
+                             sinks=True, scale=0.5)),
+    "static": stack(attention(window=CAUSAL, softcap=3.0), relative=spec.Alibi()),
     "both": stack(*MIX),
-    "buckets": stack(attention(sight=Sight(left=6, right=0)), attention(sight=CAUSAL), relative=spec.Buckets()),
+    "buckets": stack(attention(window=Window(left=6, right=0)), attention(window=CAUSAL), relative=spec.Buckets()),
     "differential": stack(DIFFERENTIAL, LATE_NORM, placement="parallel"),
     "latent": stack(LATENT, spec.Latent(heads=2, kv_rank=8, nope_dim=6, rope_dim=4, value_dim=20, bias=True,
-                                        rope=Rope(layout="interleaved"), sight=Sight(left=4, right=0))),
+                                        rope=Rope(layout="interleaved"), window=Window(left=4, right=0))),
 }
 
 
@@ -129,7 +129,7 @@ def test_far_past_every_window(chunk):
 def test_a_stream_may_keep_its_first_tokens_in_sight(chunk, cache):
     """As a model does whose spec says so; the windows of layers are of two sizes."""
     def windows(first):
-        layers = [attention(heads=2, sight=Sight(left=left, right=0, first=first), rope=Rope()) for left in (9, 5)]
+        layers = [attention(heads=2, window=Window(left=left, right=0, first=first), rope=Rope()) for left in (9, 5)]
         return stack(layers[0], spec.Differential(base=layers[1], lambda_init=0.4))
     net, other = model(windows(0)), Transformer(windows(3))
     other.load_state_dict(net.state_dict())
@@ -148,8 +148,8 @@ def test_a_stream_may_keep_its_first_tokens_in_sight(chunk, cache):
 @torch.no_grad()
 def test_a_full_static_cache_forgets_its_oldest_tokens():
     """Past its length, a causal layer is a layer with a window of that length."""
-    net = model(stack(attention(sight=CAUSAL)))
-    near = model(stack(attention(sight=Sight(left=7, right=0))))
+    net = model(stack(attention(window=CAUSAL)))
+    near = model(stack(attention(window=Window(left=7, right=0))))
     near.load_state_dict(net.state_dict())
     x, state = torch.randn(2, 30, 32), net.init_state(2, length=8)
     close(torch.cat([net(x[:, i:i + 1], state=state) for i in range(30)], 1), near(x))
@@ -182,8 +182,8 @@ def test_one_row_of_positions_serves_the_batch():
 def test_coordinates_stream_beside_positions():
     """M-RoPE and learned axes: the window goes by position, the rotation by coordinates."""
     axes = spec.Sections(sizes=(1, 2, 1))
-    net = model(stack(attention(sight=Sight(left=4, right=0), rope=Rope(axes=axes)),
-                      attention(sight=CAUSAL, kv_heads=4, rope=Rope(axes=spec.Mixed(axes=3)))))
+    net = model(stack(attention(window=Window(left=4, right=0), rope=Rope(axes=axes)),
+                      attention(window=CAUSAL, kv_heads=4, rope=Rope(axes=spec.Mixed(axes=3)))))
     x, at = torch.randn(2, 20, 32), along(2, 20, coords=torch.rand(2, 20, 3) * 9)
     state = net.init_state(2, length=20, chunk=3)
     parts = [net(x[:, i:i + 5], at.rows(i, i + 5), state=state) for i in range(0, 20, 5)]
@@ -192,8 +192,8 @@ def test_coordinates_stream_beside_positions():
 
 @torch.no_grad()
 def test_a_decoder_streams_beside_its_memory():
-    near = attention(sight=Sight(left=4, right=0), rope=Rope())
-    net = model(stack(near, attention(sight=CAUSAL), cross=attention(sinks=True)))
+    near = attention(window=Window(left=4, right=0), rope=Rope())
+    net = model(stack(near, attention(window=CAUSAL), cross=attention(sinks=True)))
     x, memory, at = torch.randn(2, 20, 32), torch.randn(2, 9, 32), padded(torch.arange(9) < torch.tensor([[5], [9]]))
     state = net.init_state(2, length=20, chunk=3)
     parts = [net(part, state=state, memory=memory, memory_at=at) for part in x.split(7, 1)]
@@ -382,24 +382,24 @@ def test_foreign_states_rows_and_lengths_are_refused():
         static(torch.randn(1, 9, 32), state=static.init_state(1, length=8))
 
 
-@pytest.mark.parametrize("sight, words", [(Sight(), "looks ahead"), (Sight(left=3, right=2), "looks 2 tokens ahead"),
+@pytest.mark.parametrize("window, words", [(Window(), "looks ahead"), (Window(left=3, right=2), "looks 2 tokens ahead"),
                                           (CAUSAL, "needs init_state")])
-def test_what_cannot_stream_says_so(sight, words):
+def test_what_cannot_stream_says_so(window, words):
     with pytest.raises(InputError, match=words):
-        model(stack(attention(sight=sight))).init_state(1)
+        model(stack(attention(window=window))).init_state(1)
 
 
-WINDOW = Sight(left=4, right=0)
+WINDOW = Window(left=4, right=0)
 
 
 @pytest.mark.parametrize("settings, more, words", [
-    (stack(attention(sight=CAUSAL)), {"length": 9}, "2 positions that stay in sight need a causal window"),
-    (stack(attention(sight=Sight(left=1, right=0))), {}, "need a causal window that is longer"),
-    (stack(attention(sight=WINDOW)), {"length": 2}, "a stream of length 2 is too short"),
-    (stack(attention(sight=WINDOW, extra_key=True)), {}, "and no extra key"),
-    (stack(attention(sight=WINDOW), relative=spec.Alibi()), {}, "no distance for a position bias"),
-    (stack(replace(LATENT, sight=WINDOW)), {}, "latent attention has no positions that stay"),
-    (stack(attention(sight=WINDOW, rope=Rope(scaling=spec.DynamicNTK(factor=2, original=8)))), {}, "a rope of one")])
+    (stack(attention(window=CAUSAL)), {"length": 9}, "2 positions that stay in sight need a causal window"),
+    (stack(attention(window=Window(left=1, right=0))), {}, "need a causal window that is longer"),
+    (stack(attention(window=WINDOW)), {"length": 2}, "a stream of length 2 is too short"),
+    (stack(attention(window=WINDOW, extra_key=True)), {}, "and no extra key"),
+    (stack(attention(window=WINDOW), relative=spec.Alibi()), {}, "no distance for a position bias"),
+    (stack(replace(LATENT, window=WINDOW)), {}, "latent attention has no positions that stay"),
+    (stack(attention(window=WINDOW, rope=Rope(scaling=spec.DynamicNTK(factor=2, original=8)))), {}, "a rope of one")])
 def test_what_cannot_keep_its_first_tokens_says_so(settings, more, words):
     with pytest.raises(InputError, match=words):
         model(settings).init_state(1, first=2, **more)

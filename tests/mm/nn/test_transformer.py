@@ -12,19 +12,19 @@ from mm.errors import InputError
 from mm.nn.transformer import Transformer
 from mm.positions import rope
 from mm.positions.visibility import At, along, packed
-from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Sight
+from mm.spec import CAUSAL, LayerNorm, RMSNorm, Rope, Window
 
-NEAR = attention(sight=Sight(left=4, right=0), rope=Rope(), sinks=True, qk_norm=spec.QKNorm(norm=RMSNorm()))
-FAR = attention(sight=CAUSAL, rope=Rope(layout="interleaved", scaling=spec.Yarn(factor=4.0, original=8)), softcap=3.0,
+NEAR = attention(window=Window(left=4, right=0), rope=Rope(), sinks=True, qk_norm=spec.QKNorm(norm=RMSNorm()))
+FAR = attention(window=CAUSAL, rope=Rope(layout="interleaved", scaling=spec.Yarn(factor=4.0, original=8)), softcap=3.0,
                 gate="head")
-PLAIN = attention(sight=CAUSAL, inner_norm=LayerNorm())
-PAIR = spec.Differential(base=attention(heads=2, kv_heads=1, sight=CAUSAL, rope=Rope()), lambda_init=0.4)
+PLAIN = attention(window=CAUSAL, inner_norm=LayerNorm())
+PAIR = spec.Differential(base=attention(heads=2, kv_heads=1, window=CAUSAL, rope=Rope()), lambda_init=0.4)
 GLU = spec.Mlp(hidden=48, act="silu", gated=True)
 RICH = stack(NEAR, FAR, PLAIN, PAIR, mlp=GLU, norm=RMSNorm(), placement="sandwich", layer_scale=0.5,
              final_norm=LayerNorm())
 PICTURE = stack(attention(rope=Rope(axes=spec.Axial())), attention(kv_heads=4, rope=Rope(axes=spec.Mixed())),
                 attention(extra_key=True), placement="parallel")
-BIASED = stack(attention(sight=CAUSAL), attention(sight=CAUSAL), relative=spec.Buckets())
+BIASED = stack(attention(window=CAUSAL), attention(window=CAUSAL), relative=spec.Buckets())
 
 
 def coords(batch, length):
@@ -117,10 +117,11 @@ def test_features_are_the_stream_after_each_block():
 
 
 def test_layers_share_rotations_per_distinct_rope(monkeypatch):
-    net, turned = model(stack(NEAR, FAR, NEAR, PLAIN)), []
-    monkeypatch.setattr(rope, "turn", lambda *args, original=rope.turn: turned.append(args[1]) or original(*args))
+    net, rotated = model(stack(NEAR, FAR, NEAR, PLAIN)), []
+    monkeypatch.setattr(rope, "rotation",
+                        lambda *args, original=rope.rotation: rotated.append(args[1]) or original(*args))
     net(torch.randn(1, 9, 32))
-    assert turned == [NEAR.rope, FAR.rope]
+    assert rotated == [NEAR.rope, FAR.rope]
 
 
 def test_an_empty_stack_is_its_norm():
@@ -130,7 +131,7 @@ def test_an_empty_stack_is_its_norm():
 
 # ------------------------------------------------------------------------------- activation checkpointing
 def test_checkpointed_blocks_give_the_same_gradients_and_keep_less():
-    dropped = stack(*[attention(sight=CAUSAL, dropout=0.2, rope=Rope())] * 4, dropout=0.3, drop_path=0.3,
+    dropped = stack(*[attention(window=CAUSAL, dropout=0.2, rope=Rope())] * 4, dropout=0.3, drop_path=0.3,
                     mlp=spec.Mlp(hidden=256, dropout=0.2))
     net, x, outcome = model(dropped).train(), torch.randn(4, 20, 32), {}
     for every in (0, 1, 2):

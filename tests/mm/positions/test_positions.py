@@ -116,9 +116,9 @@ def test_a_bias_reaches_every_layer_of_a_stack(relative):
     net(x)
     for mixer, given, y in seen:
         q, k, v = (z.unflatten(-1, (-1, 8)).transpose(1, 2) for z in mixer.qkv(given))
-        heads = reference(q, k, v, Problem(at, at, mixer.settings.sight, 8**-0.5, bias=net.bias))
+        heads = reference(q, k, v, Problem(at, at, mixer.settings.window, 8**-0.5, bias=net.bias))
         close(y, mixer.out(heads.transpose(1, 2).flatten(2)))
-        plain = reference(q, k, v, Problem(at, at, mixer.settings.sight, 8**-0.5))
+        plain = reference(q, k, v, Problem(at, at, mixer.settings.window, 8**-0.5))
         assert (heads - plain).abs().max() > 0.01
 
 

@@ -46,8 +46,8 @@ SCALINGS = {
 }
 
 
-def turned(x, positions, settings, learned=None):
-    return rope.apply(x, rope.turn(positions, settings, x.shape[-1], learned))
+def rotated(x, positions, settings, learned=None):
+    return rope.apply(x, rope.rotation(positions, settings, x.shape[-1], learned))
 
 
 def llamas(x, positions, **parameters):
@@ -62,10 +62,10 @@ def llamas(x, positions, **parameters):
 def test_scaling_is_transformers(name, length):
     theirs, scaling = SCALINGS[name]
     x, positions = torch.randn(2, 3, length, HEAD), torch.arange(length).expand(2, -1)
-    ours = turned(x, positions, spec.Rope(theta=500.0, scaling=scaling))
+    ours = rotated(x, positions, spec.Rope(theta=500.0, scaling=scaling))
     close(ours, llamas(x, positions, **theirs))
     if length == LENGTH and scaling is not None:
-        assert (ours - turned(x, positions, spec.Rope(theta=500.0))).abs().max() > 0.5
+        assert (ours - rotated(x, positions, spec.Rope(theta=500.0))).abs().max() > 0.5
 
 
 @pytest.mark.parametrize("scaling", [SCALINGS["dynamic"][1], SCALINGS["longrope"][1]])
@@ -73,16 +73,16 @@ def test_scaling_by_length_goes_by_each_rows_own(scaling):
     """A short row gives the same beside a long one as alone."""
     x, settings = torch.randn(1, 1, 40, HEAD), spec.Rope(scaling=scaling)
     short, long = torch.arange(40)[None], torch.arange(100, 140)[None]
-    both = turned(x.expand(2, -1, -1, -1), torch.cat([short, long]), settings)
-    close(both[:1], turned(x, short, settings), 0)
-    close(both[1:], turned(x, long, settings), 0)
+    both = rotated(x.expand(2, -1, -1, -1), torch.cat([short, long]), settings)
+    close(both[:1], rotated(x, short, settings), 0)
+    close(both[1:], rotated(x, long, settings), 0)
 
 
 def test_interleaved_layout_and_partial_width_are_gptjs():
     x, positions = torch.randn(2, 3, LENGTH, HEAD), torch.arange(LENGTH).expand(2, -1)
     sin, cos = create_sinusoidal_positions(LENGTH, 16).expand(2, -1, -1).chunk(2, -1)
     wanted = turn_like_gptj(x[..., :16].transpose(1, 2), sin, cos).transpose(1, 2)
-    ours = turned(x, positions, spec.Rope(dim=16, layout="interleaved"))
+    ours = rotated(x, positions, spec.Rope(dim=16, layout="interleaved"))
     close(ours[..., :16], wanted)
     close(ours[..., 16:], x[..., 16:], 0)
 
@@ -90,8 +90,8 @@ def test_interleaved_layout_and_partial_width_are_gptjs():
 def test_interleaved_is_half_on_permuted_channels():
     x, positions = torch.randn(2, 3, 50, HEAD), torch.randint(0, 1000, (2, 50))
     halves = torch.cat([x[..., ::2], x[..., 1::2]], -1)
-    ours = turned(halves, positions, spec.Rope())
-    theirs = turned(x, positions, spec.Rope(layout="interleaved"))
+    ours = rotated(halves, positions, spec.Rope())
+    theirs = rotated(x, positions, spec.Rope(layout="interleaved"))
     close(ours, torch.cat([theirs[..., ::2], theirs[..., 1::2]], -1), 1e-6)
 
 
@@ -101,15 +101,15 @@ def test_scores_depend_on_distance_alone(shift, seed):
     q, k = torch.randn(2, 1, 2, 6, 8, dtype=torch.float64)
     positions = torch.arange(6, dtype=torch.float64)[None]
     def scores(at):
-        return turned(q, at, spec.Rope()) @ turned(k, at, spec.Rope()).mT
+        return rotated(q, at, spec.Rope()) @ rotated(k, at, spec.Rope()).mT
     close(scores(positions), scores(positions + shift), 1e-6)
 
 
 def test_half_precision_turns_in_float32_and_double_stays_double():
     x, positions = torch.randn(1, 2, 50, HEAD), torch.arange(1000, 1050)[None]
-    wanted = turned(x.bfloat16().float(), positions, spec.Rope()).bfloat16()
-    assert torch.equal(turned(x.bfloat16(), positions, spec.Rope()), wanted)
-    wide = turned(x.double(), positions, spec.Rope())
+    wanted = rotated(x.bfloat16().float(), positions, spec.Rope()).bfloat16()
+    assert torch.equal(rotated(x.bfloat16(), positions, spec.Rope()), wanted)
+    wide = rotated(x.double(), positions, spec.Rope())
     assert wide.dtype == torch.float64 and (wide != wide.float()).any()
 
 
@@ -119,7 +119,7 @@ def test_sections_in_runs_are_qwen2_vls():
     config = qwen2.Qwen2VLConfig(text_config=dict(hidden_size=4 * HEAD, num_attention_heads=4, rope_parameters=dict(
         rope_type="default", rope_theta=500.0, mrope_section=[4, 5, 7]))).text_config
     cos, sin = qwen2.Qwen2VLRotaryEmbedding(config)(x, coords.permute(2, 0, 1))
-    ours = turned(x, coords, spec.Rope(theta=500.0, axes=spec.Sections(sizes=(4, 5, 7))))
+    ours = rotated(x, coords, spec.Rope(theta=500.0, axes=spec.Sections(sizes=(4, 5, 7))))
     close(ours, qwen2.apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
@@ -128,14 +128,14 @@ def test_interleaved_sections_are_qwen3_vls():
     config = qwen3.Qwen3VLTextConfig(hidden_size=4 * HEAD, num_attention_heads=4, head_dim=HEAD, rope_parameters=dict(
         rope_type="default", rope_theta=500.0, mrope_section=[6, 5, 5]))
     cos, sin = qwen3.Qwen3VLTextRotaryEmbedding(config)(x, coords.permute(2, 0, 1))
-    ours = turned(x, coords, spec.Rope(theta=500.0, axes=spec.Sections(sizes=(6, 5, 5), interleaved=True)))
+    ours = rotated(x, coords, spec.Rope(theta=500.0, axes=spec.Sections(sizes=(6, 5, 5), interleaved=True)))
     close(ours, qwen3.apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
 def test_plain_text_turns_every_section_alike():
     x, positions = torch.randn(1, 2, 50, HEAD), torch.arange(50)[None]
-    ours = turned(x, positions, spec.Rope(axes=spec.Sections(sizes=(4, 5, 7))))
-    close(ours, turned(x, positions, spec.Rope()), 0)
+    ours = rotated(x, positions, spec.Rope(axes=spec.Sections(sizes=(4, 5, 7))))
+    close(ours, rotated(x, positions, spec.Rope()), 0)
 
 
 def test_axial_halves_are_qwen2_vls_vision():
@@ -143,7 +143,7 @@ def test_axial_halves_are_qwen2_vls_vision():
     config = qwen2.Qwen2VLVisionConfig(embed_dim=4 * HEAD, num_heads=4)
     cos, sin = qwen2.Qwen2VLVisionRotaryEmbedding(config)(x, coords[0].long())
     wanted = qwen2.apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cos, sin)[0].transpose(0, 1)
-    close(turned(x, coords, spec.Rope(axes=spec.Axial()))[0], wanted)
+    close(rotated(x, coords, spec.Rope(axes=spec.Axial()))[0], wanted)
 
 
 @pytest.mark.parametrize("reference, offset", [(None, 0.0), ((16, 16), 0.0), ((5, 7), 1.0)])
@@ -153,7 +153,7 @@ def test_axial_interleaved_is_timms_eva(order, reference, offset):
     theirs = RotaryEmbeddingCat(HEAD, in_pixels=False, ref_feat_shape=reference, grid_offset=offset,
                                 grid_indexing={"yx": "ij", "xy": "xy"}[order])
     coords = rope.grid(6, 10, order=order, reference=reference, offset=offset)[None]
-    ours = turned(x, coords, spec.Rope(layout="interleaved", axes=spec.Axial()))
+    ours = rotated(x, coords, spec.Rope(layout="interleaved", axes=spec.Axial()))
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([6, 10])))
 
 
@@ -163,7 +163,7 @@ def test_learned_mixed_axes_are_timms(order):
     theirs = RotaryEmbeddingMixed(4 * HEAD, depth=1, num_heads=4, grid_indexing={"yx": "ij", "xy": "xy"}[order])
     theirs.freqs.data.normal_()
     coords = rope.grid(6, 10, order=order)[None].expand(2, -1, -1)
-    ours = turned(x, coords, spec.Rope(layout="interleaved", axes=spec.Mixed()), theirs.freqs[:, 0])
+    ours = rotated(x, coords, spec.Rope(layout="interleaved", axes=spec.Mixed()), theirs.freqs[:, 0])
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([6, 10])[0]))
 
 
@@ -173,7 +173,7 @@ def test_centred_grid_is_dinov3s(height, width):
     config = dino.DINOv3ViTConfig(hidden_size=4 * HEAD, num_attention_heads=4, patch_size=2, rope_theta=100.0)
     cos, sin = dino.DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 2 * height, 2 * width))
     settings = spec.Rope(theta=100.0, frequency=2 * math.pi, axes=spec.Axial())
-    close(turned(x, rope.centred_grid(height, width)[None], settings), dino.apply_rotary_pos_emb(x, x, cos, sin)[0])
+    close(rotated(x, rope.centred_grid(height, width)[None], settings), dino.apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
 @pytest.mark.parametrize("normalise", ["separate", "min", "max"])
@@ -181,7 +181,7 @@ def test_centred_grid_normalises_like_timm(normalise):
     x = torch.randn(1, 4, 60, HEAD)
     theirs = RotaryEmbeddingDinoV3(HEAD, temperature=100.0, normalize_coords=normalise, rotate_half=True).eval()
     settings = spec.Rope(theta=100.0, frequency=2 * math.pi, axes=spec.Axial())
-    ours = turned(x, rope.centred_grid(5, 12, normalise=normalise)[None], settings)
+    ours = rotated(x, rope.centred_grid(5, 12, normalise=normalise)[None], settings)
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([5, 12]), half=True))
 
 
@@ -189,10 +189,10 @@ def test_three_axes_turn_a_third_each():
     """Each third of the angles is a rope of its own; learned axes add up."""
     x, coords = torch.randn(2, 3, 50, 24), torch.randn(2, 50, 3)
     one = spec.Rope(layout="interleaved")
-    thirds = [turned(part, coords[..., axis], one) for axis, part in enumerate(x.split(8, -1))]
-    close(turned(x, coords, replace(one, axes=spec.Axial(axes=3))), torch.cat(thirds, -1))
+    thirds = [rotated(part, coords[..., axis], one) for axis, part in enumerate(x.split(8, -1))]
+    close(rotated(x, coords, replace(one, axes=spec.Axial(axes=3))), torch.cat(thirds, -1))
     learned = torch.randn(3, 3, 12)
-    ours = turned(x, coords, replace(one, axes=spec.Mixed(axes=3)), learned)
+    ours = rotated(x, coords, replace(one, axes=spec.Mixed(axes=3)), learned)
     angle = torch.einsum("bta,ahr->bhtr", coords, learned)
     wanted = torch.view_as_complex(x.unflatten(-1, (-1, 2))) * torch.polar(torch.ones_like(angle), angle)
     close(ours, torch.view_as_real(wanted).flatten(-2))
@@ -201,9 +201,9 @@ def test_three_axes_turn_a_third_each():
 def test_a_prefix_token_at_coordinate_0_does_not_turn():
     x, settings = torch.randn(1, 4, 61, HEAD), spec.Rope(frequency=2 * math.pi, axes=spec.Axial())
     patches = rope.centred_grid(5, 12)
-    ours = turned(x, torch.cat([torch.zeros(1, 2), patches])[None], settings)
+    ours = rotated(x, torch.cat([torch.zeros(1, 2), patches])[None], settings)
     close(ours[:, :, :1], x[:, :, :1], 0)
-    close(ours[:, :, 1:], turned(x[:, :, 1:], patches[None], settings), 0)
+    close(ours[:, :, 1:], rotated(x[:, :, 1:], patches[None], settings), 0)
 
 
 # -------------------------------------------------------------------------------------------------- jitter
@@ -239,9 +239,9 @@ def test_jitter_draws_afresh_for_each_axis():
 @pytest.mark.parametrize("axes", [spec.Axial(), spec.Mixed(), spec.Sections(sizes=(4, 5, 7))])
 def test_positions_of_another_rank_are_refused(axes):
     with pytest.raises(InputError, match="coordinates"):
-        rope.turn(torch.zeros(1, 5, 4), spec.Rope(axes=axes), HEAD)
+        rope.rotation(torch.zeros(1, 5, 4), spec.Rope(axes=axes), HEAD)
 
 
 def test_a_picture_rope_needs_coordinates():
     with pytest.raises(InputError, match="2 axes"):
-        rope.turn(torch.arange(5)[None], spec.Rope(axes=spec.Axial()), HEAD)
+        rope.rotation(torch.arange(5)[None], spec.Rope(axes=spec.Axial()), HEAD)

@@ -9,29 +9,29 @@ from hypothesis import strategies as st
 from support import attention, close, model, stack
 
 from mm.positions.visibility import ANYWHERE, EMPTY, At, all_visible, along, packed, padded, visible
-from mm.spec import CAUSAL, EVERYWHERE, Rope, Sight
+from mm.spec import CAUSAL, EVERYWHERE, Rope, Window
 
 limits = st.none() | st.integers(0, 5)
-sights = st.builds(Sight, left=limits, right=limits, chunk=st.none() | st.integers(1, 5)) | st.builds(
-    lambda left, first: Sight(left=left, right=0, first=min(left, first)), st.integers(1, 5), st.integers(1, 5))
+windows = st.builds(Window, left=limits, right=limits, chunk=st.none() | st.integers(1, 5)) | st.builds(
+    lambda left, first: Window(left=left, right=0, first=min(left, first)), st.integers(1, 5), st.integers(1, 5))
 
 
-def by_hand(q, k, sight):
+def by_hand(q, k, window):
     """Whether query (position, document) sees key (position, document, prefix)."""
     (at, document), (key, home, prefix) = q, k
     if key == ANYWHERE:
         return True
     if key < 0 or (document is not None and document != home):
         return False
-    if sight.left is not None and key < at - sight.left + sight.first and key >= sight.first:
+    if window.left is not None and key < at - window.left + window.first and key >= window.first:
         return False
-    if sight.right is not None and key > at + sight.right and not prefix:
+    if window.right is not None and key > at + window.right and not prefix:
         return False
-    return sight.chunk is None or key // sight.chunk == at // sight.chunk
+    return window.chunk is None or key // window.chunk == at // window.chunk
 
 
-@given(sights, st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
-def test_visible_is_the_loop(sight, documents, prefixes, seed):
+@given(windows, st.booleans(), st.booleans(), st.integers(0, 2**32 - 1))
+def test_visible_is_the_loop(window, documents, prefixes, seed):
     draw = random.Random(seed)
     q = [(draw.randint(EMPTY, 12), draw.randint(0, 1)) for _ in range(10)]
     k = [(draw.randint(ANYWHERE, 12), draw.randint(0, 1), draw.random() < 0.3) for _ in range(20)]
@@ -39,18 +39,18 @@ def test_visible_is_the_loop(sight, documents, prefixes, seed):
                   for side in (q, k))
     if prefixes:
         k_at = At(k_at.position, k_at.document, torch.tensor([[x[2] for x in k]]))
-    wanted = [[by_hand((at, doc if documents else None), (key, home, prefix and prefixes), sight)
+    wanted = [[by_hand((at, doc if documents else None), (key, home, prefix and prefixes), window)
                for key, home, prefix in k] for at, doc in q]
-    assert visible(q_at, k_at, sight).tolist() == [wanted]
+    assert visible(q_at, k_at, window).tolist() == [wanted]
 
 
-@given(sights, st.integers(1, 10))
-def test_only_what_every_query_sees_is_called_all_visible(sight, length):
+@given(windows, st.integers(1, 10))
+def test_only_what_every_query_sees_is_called_all_visible(window, length):
     at = along(2, length)
-    if all_visible(at, at, sight):
-        assert visible(at, at, sight).all()
-    assert all_visible(At(at.position), at, sight) == (sight == EVERYWHERE)
-    assert not all_visible(at, At(at.position), sight)
+    if all_visible(at, at, window):
+        assert visible(at, at, window).all()
+    assert all_visible(At(at.position), at, window) == (window == EVERYWHERE)
+    assert not all_visible(at, At(at.position), window)
     assert all_visible(at, at, EVERYWHERE)
 
 
@@ -75,12 +75,13 @@ def test_padded_counts_real_tokens_on_either_side():
     assert at.position.tolist() == [[-1, -1, 0, 1, 2], [0, 1, -1, -1, -1], [-1, 0, -1, 1, -1], [-1] * 5]
 
 
-SIGHTS = [CAUSAL, EVERYWHERE, Sight(left=3, right=0), Sight(left=2, right=2), Sight(right=0, chunk=4)]
+WINDOWS = [CAUSAL, EVERYWHERE, Window(left=3, right=0), Window(left=2, right=2), Window(right=0, chunk=4)]
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_packed_documents_are_as_if_alone(sight):
-    net, lengths = model(stack(attention(sight=sight, rope=Rope()), attention(sight=sight, softcap=3.0))), (7, 11, 1, 5)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_packed_documents_are_as_if_alone(window):
+    net = model(stack(attention(window=window, rope=Rope()), attention(window=window, softcap=3.0)))
+    lengths = (7, 11, 1, 5)
     parts = [torch.randn(1, length, 32) for length in lengths]
     document = torch.cat([torch.full((length,), i) for i, length in enumerate(lengths)])[None]
     together = net(torch.cat(parts, 1), packed(document)).split(lengths, 1)
@@ -88,9 +89,9 @@ def test_packed_documents_are_as_if_alone(sight):
         close(ours, net(part), 2e-6)
 
 
-@pytest.mark.parametrize("sight", SIGHTS)
-def test_padding_changes_nothing_on_either_side(sight):
-    net, x = model(stack(attention(sight=sight), attention(sight=sight, softcap=3.0))), torch.randn(1, 6, 32)
+@pytest.mark.parametrize("window", WINDOWS)
+def test_padding_changes_nothing_on_either_side(window):
+    net, x = model(stack(attention(window=window), attention(window=window, softcap=3.0))), torch.randn(1, 6, 32)
     rubbish, real = torch.randn(1, 5, 32) * 9, torch.ones(1, 6, dtype=torch.bool)
     left = padded(torch.cat([torch.zeros(1, 5, dtype=torch.bool), real], 1))
     right = padded(torch.cat([real, torch.zeros(1, 5, dtype=torch.bool)], 1))
@@ -99,7 +100,7 @@ def test_padding_changes_nothing_on_either_side(sight):
 
 
 def test_a_row_of_padding_alone_stays_finite_with_gradients():
-    net, x = model(stack(attention(sight=CAUSAL), attention(softcap=3.0))), torch.randn(2, 6, 32, requires_grad=True)
+    net, x = model(stack(attention(window=CAUSAL), attention(softcap=3.0))), torch.randn(2, 6, 32, requires_grad=True)
     y = net(x, padded(torch.tensor([[True] * 6, [False] * 6])))
     y.square().sum().backward()
     assert y.isfinite().all() and x.grad.isfinite().all()
@@ -108,7 +109,7 @@ def test_a_row_of_padding_alone_stays_finite_with_gradients():
 
 def test_a_prefix_is_seen_by_the_tokens_before_it():
     """Prefix language models: causal, but the first tokens see each other both ways."""
-    net, x = model(stack(attention(sight=CAUSAL))), torch.randn(1, 9, 32)
+    net, x = model(stack(attention(window=CAUSAL))), torch.randn(1, 9, 32)
     at = At(torch.arange(9)[None], prefix=torch.arange(9)[None] < 4)
     both_ways = model(stack(attention()))
     both_ways.load_state_dict(net.state_dict())

@@ -50,7 +50,7 @@ LATENT = spec.Latent(heads=2, kv_rank=4, nope_dim=4, rope_dim=2, value_dim=4, ro
 READER = spec.Layer(mixer=HEADS, cross=HEADS)
 ENCODER = spec.EncoderSpec(embed=spec.Embed(vocab=9), context=5,
                            stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),)))
-DEPTH_LAYER = spec.Layer(mixer=spec.Attention(heads=4, kv_heads=2, head_dim=8, sight=spec.CAUSAL, q_bias=False,
+DEPTH_LAYER = spec.Layer(mixer=spec.Attention(heads=4, kv_heads=2, head_dim=8, window=spec.CAUSAL, q_bias=False,
                                               k_bias=False, v_bias=False, out_bias=False),
                          mlp=spec.Mlp(hidden=8, gated=True, up_bias=False, down_bias=False))
 DEPTH = spec.Depth(stack=spec.Stack(dim=8, layers=(DEPTH_LAYER,)), weights=(0, 1, 1))
@@ -62,7 +62,7 @@ REPLACEMENTS = {
                                depth=spec.Depth(stack=DEPTH.stack, weights=(0, 0)), context=5),
     spec.DuplexSpec: spec.DuplexSpec(text=spec.TextStream(vocab=9), card=8, context=5, delays=(0, 1, 2, 0), depth=DEPTH,
                                      stack=spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS),))),
-    spec.Sight: spec.CAUSAL, spec.Buckets: spec.Buckets(), spec.Rope: spec.Rope(), spec.Mlp: spec.Mlp(hidden=8),
+    spec.Window: spec.CAUSAL, spec.Buckets: spec.Buckets(), spec.Rope: spec.Rope(), spec.Mlp: spec.Mlp(hidden=8),
     spec.Attention: HEADS, spec.Layer: spec.Layer(mixer=HEADS),
     spec.Latent: LATENT, spec.Moe: spec.Moe(experts=4, chosen=2, expert=spec.Mlp(hidden=8)),
     spec.Embed: spec.Embed(vocab=9), spec.DecoderSpec: spec.DecoderSpec(
@@ -92,7 +92,7 @@ def test_json_leaves_defaults_out_and_names_classes():
 def test_equal_specs_have_one_fingerprint_and_different_ones_two():
     assert schema.fingerprint(spec.LinearScaling(factor=8)) == schema.fingerprint(spec.LinearScaling(factor=8.0))
     prints = {schema.fingerprint(dataclasses.replace(HEADS, **change))
-              for change in ({}, {"heads": 8}, {"softcap": 1.0}, {"sinks": True}, {"sight": spec.CAUSAL})}
+              for change in ({}, {"heads": 8}, {"softcap": 1.0}, {"sinks": True}, {"window": spec.CAUSAL})}
     assert len(prints) == 5 and all(len(x) == 16 for x in prints)
 
 
@@ -119,7 +119,7 @@ STACK = schema.to_data(spec.Stack(dim=8, layers=(spec.Layer(mixer=HEADS, mlp=spe
     (("layers", 0, "mixer"), None, r"spec.layers\[0\]: None is not a valid Layer.mixer"),
     (("layers", 0, "mixer", "kv_heads"), 3, r"spec.layers\[0\].mixer: 4 heads cannot share 3"),
     (("layers", 0, "mlp"), {"is": "Mlp"}, r"spec.layers\[0\].mlp: Mlp needs hidden"),
-    (("layers", 0, "norm"), {"is": "Sight"}, "is not a valid Layer.norm"),
+    (("layers", 0, "norm"), {"is": "Window"}, "is not a valid Layer.norm"),
     (("layers",), 7, "7 is not a valid Stack.layers"),
 ])
 def test_mistakes_in_a_file_are_named(place, value, words):
@@ -143,10 +143,10 @@ MIXED = spec.Rope(axes=spec.Mixed())
 
 
 @pytest.mark.parametrize("make, words", [
-    (lambda: spec.Sight(left=-1), "left must not be negative"),
-    (lambda: spec.Sight(right=-1), "right must not be negative"),
-    (lambda: spec.Sight(chunk=0), "chunk must be positive"),
-    (lambda: spec.Sight(left=4, right=0, chunk=8, first=2), "need a causal window"),
+    (lambda: spec.Window(left=-1), "left must not be negative"),
+    (lambda: spec.Window(right=-1), "right must not be negative"),
+    (lambda: spec.Window(chunk=0), "chunk must be positive"),
+    (lambda: spec.Window(left=4, right=0, chunk=8, first=2), "need a causal window"),
     (lambda: spec.Mlp(hidden=8, act="swish"), "'swish' is not a valid Mlp.act"),
     (lambda: spec.Attention(heads=0, kv_heads=1, head_dim=8), "positive"),
     (lambda: spec.Attention(heads=4, kv_heads=3, head_dim=8), "cannot share"),

@@ -208,7 +208,7 @@ def test_an_hour_takes_no_more_memory_than_a_minute(sinks):
 def test_a_session_may_keep_its_first_frames_in_sight():
     """Past the context it is the model whose window has places for them, and no longer the one without."""
     model = small()
-    layers = [replace(one, mixer=replace(one.mixer, sight=replace(one.mixer.sight, first=2)))
+    layers = [replace(one, mixer=replace(one.mixer, window=replace(one.mixer.window, first=2)))
               for one in model.spec.stack.layers]
     other = small(stack=replace(model.spec.stack, layers=tuple(layers)))
     other.load_state_dict(model.state_dict())

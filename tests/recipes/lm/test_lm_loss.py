@@ -83,7 +83,7 @@ def test_bad_shapes():
 @pytest.mark.parametrize("tied", [True, False])
 def test_loss_of_a_decoder_is_that_of_its_logits(tied):
     torch.manual_seed(0)
-    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8, sight=CAUSAL), mlp=Mlp(hidden=32), norm=RMSNorm())
+    layer = Layer(mixer=Attention(heads=2, kv_heads=1, head_dim=8, window=CAUSAL), mlp=Mlp(hidden=32), norm=RMSNorm())
     model = TextDecoder(DecoderSpec(embed=Embed(vocab=40), stack=Stack(dim=16, layers=(layer,), final_norm=RMSNorm()),
                                     context=12, head=LMHead(tied=tied, softcap=2.0)))
     ids = torch.randint(40, (2, 12))

@@ -34,7 +34,7 @@ def norm(x, weight):
     return weight * x / np.sqrt((x * x).mean() + 1e-5)
 
 
-def turned(x, w, position, heads):
+def rotated(x, w, position, heads):
     pairs = x.reshape(heads, -1, 2)
     cos, sin = w["cos"][position], w["sin"][position]
     return np.stack([pairs[..., 0] * cos - pairs[..., 1] * sin, pairs[..., 0] * sin + pairs[..., 1] * cos], -1
@@ -47,7 +47,7 @@ def step(w, header, token, position, cache):
     x = w["embed"][token]
     for i in range(depth):
         y = norm(x, w["an"][i])
-        q, k = (turned(w[name][i] @ y, w, position, heads) for name in "qk")
+        q, k = (rotated(w[name][i] @ y, w, position, heads) for name in "qk")
         cache[i].append((k, (w["v"][i] @ y).reshape(heads, -1)))
         keys, values = (np.stack(part, 1) for part in zip(*cache[i], strict=True))
         scores = np.einsum("he,hse->hs", q, keys) / np.sqrt(q.shape[-1])
