@@ -33,7 +33,7 @@ class At:
     whole: bool = False
 
     @property
-    def rotations(self) -> Tensor:
+    def rotary_positions(self) -> Tensor:
         """What a rotary embedding reads: (B, T) or (B, T, A)."""
         return self.position if self.coords is None else self.coords
 
