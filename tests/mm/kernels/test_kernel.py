@@ -28,7 +28,7 @@ QUICK = ["head 64, full", "head 128, causal", "head 192/128 (MLA), causal", "hea
 def test_every_feature_in_the_interpreter():
     """kernel_checks.py, in a process that sees TRITON_INTERPRET before it imports Triton."""
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(CHECKS)], text=True,
-                          capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=CHECKS.parents[2])
+                          capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=CHECKS.parents[3])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
 
 
@@ -38,7 +38,7 @@ def test_a_cpu_never_imports_triton():
 import sys, torch
 from mm.kernels import attend
 from mm.spec import CAUSAL
-from mm.visibility import along
+from mm.positions.visibility import along
 x = torch.randn(1, 2, 600, 16)
 with torch.no_grad():
     for extras in ({}, {"softcap": 2.0}):

@@ -303,8 +303,8 @@ def test_a_cache_in_half_the_precision():
 # ---------------------------------------------------------------------------------------------------- files
 ELSEWHERE = """
 import json, sys, torch
-from mm.schema import from_json
-from mm.transformer import Transformer
+from mm.spec.schema import from_json
+from mm.nn.transformer import Transformer
 folder = sys.argv[1]
 net = Transformer(from_json(open(folder + "/spec").read())).eval()
 net.load_state_dict(torch.load(folder + "/weights"))

@@ -35,5 +35,5 @@ def test_the_full_suite_in_the_interpreter():
     """attention_dry_run.py, in a process that sees TRITON_INTERPRET before it imports Triton."""
     file = Path(__file__).parent / "attention_dry_run.py"
     done = subprocess.run([sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(file)], text=True,
-                          capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=file.parents[2])
+                          capture_output=True, env={**os.environ, "TRITON_INTERPRET": "1"}, cwd=file.parents[3])
     assert done.returncode == 0, done.stdout[-6000:] + done.stderr[-2000:]
