@@ -12,7 +12,7 @@ from mm.kernels.tiled import tiled
 from mm.kernels.values import debug
 from mm.positions import rope as rotary
 from mm.positions.rope import Rotation
-from mm.positions.visibility import At, Seen
+from mm.positions.visibility import At, Mask
 from mm.spec import EVERYWHERE, Window
 
 __all__ = ["attend", "debug", "explain"]
@@ -21,17 +21,17 @@ __all__ = ["attend", "debug", "explain"]
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, window: Window = EVERYWHERE,
            q_rope: Rotation | None = None, k_rope: Rotation | None = None, bias: Bias | None = None,
            sinks: Tensor | None = None, softcap: float = 0.0, scale: float | None = None,
-           dropout: float = 0.0, seen: Seen | None = None) -> Tensor:
+           dropout: float = 0.0, mask: Mask | None = None) -> Tensor:
     """Softmax attention: q (B, H, T, E), k (B, K, S, E), v (B, K, S, F) -> (B, H, T, F), H a multiple of K.
 
     q_at, k_at: where the tokens are; with `window` they decide who sees whom. q_rope, k_rope: rotations still
     to be applied (keys from a cache come rotated). bias: called per tile, added to the scores after the softcap.
-    seen: what `visible(q_at, k_at, window)` gives, where the caller has it already. sinks: (H,) logits that take
+    mask: `Mask.of(visible(q_at, k_at, window))`, where the caller has it already. sinks: (H,) logits that take
     weight and give nothing. A query that sees nothing gives 0. Tensors may have any strides, overlapping ones included.
     Raises InputError on shapes, dtypes or devices that do not fit; values are looked at only inside `with debug():`.
     """
     problem = Problem(q_at, k_at, window, q.shape[-1] ** -0.5 if scale is None else scale, q_rope, k_rope, bias, sinks,
-                      softcap, dropout, seen)
+                      softcap, dropout, mask)
     check(q, k, v, problem)
     if values.wanted:
         values.check_values(q_at, k_at)

@@ -13,9 +13,10 @@ from torch import Tensor
 from mm.errors import InputError
 from mm.kernels import triton_launch as run
 from mm.kernels.choice import FEW, SHORT, unsupported
-from mm.kernels.problem import ByOffset, Problem
+from mm.kernels.problem import Problem
 from mm.kernels.triton_plan import Call
 from mm.positions import rope as rotary
+from mm.positions.absolute import ByOffset
 from mm.positions.rope import Rotation
 
 TENSORS = 16  # of the arguments

@@ -9,20 +9,10 @@ from torch import Tensor
 
 from mm.errors import InputError
 from mm.positions.rope import Rotation
-from mm.positions.visibility import At, Seen, visible
+from mm.positions.visibility import At, Mask, visible
 from mm.spec import Window
 
 Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
-
-
-@dataclass(frozen=True)
-class ByOffset:
-    """A bias that depends on key position minus query position alone, for a kernel to compute: what `by_offset` of a
-    `Bias` gives. weight: (H,) factors of minus the distance; or (count, H) with buckets (2 * reach + 1,) int32, the
-    row of each offset -reach..reach, beyond which the bias stays as it is."""
-
-    weight: Tensor | None
-    buckets: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -37,21 +27,21 @@ class Problem:
     sinks: Tensor | None = None
     softcap: float = 0.0
     dropout: float = 0.0
-    shown: Seen | None = None
+    known_mask: Mask | None = None
 
     def visible(self) -> Tensor:
         """(B, T, S) bool."""
         return visible(self.q_at, self.k_at, self.window)
 
-    def seen(self) -> Seen:
-        """The same as a mask; `shown` where the caller has it already."""
-        return Seen.of(self.visible()) if self.shown is None else self.shown
+    def mask(self) -> Mask:
+        """The same as a `Mask`: `known_mask` where the caller has it already."""
+        return Mask.of(self.visible()) if self.known_mask is None else self.known_mask
 
     def tile(self, rows: tuple[int, int], keys: tuple[int, int]) -> Problem:
         """The same question for the queries rows[0]:rows[1] and the keys keys[0]:keys[1], which are already rotated."""
-        shown = self.shown and self.shown.rows(*rows, slice(*keys))
+        mask = self.known_mask and self.known_mask.rows(*rows, slice(*keys))
         return replace(self, q_at=self.q_at.rows(*rows), k_at=self.k_at.rows(*keys), q_rope=None, k_rope=None,
-                       shown=shown)
+                       known_mask=mask)
 
     @property
     def aligned(self) -> bool:

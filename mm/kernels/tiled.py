@@ -52,7 +52,7 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile; heads that share keys are grouped, so that keys and values are never copied."""
     if not problem.softcap and problem.sinks is None and not slow_backward(q):
         return by_sdpa(q, k, v, problem)
-    seen = problem.seen()
+    mask = problem.mask()
     groups = (q.shape[1] // k.shape[1], q.shape[2])
     grouped = q.unflatten(1, (k.shape[1], -1)).flatten(2, 3)  # (B, K, G * T, E): one product per key head
     wide = torch.promote_types(q.dtype, torch.float32)
@@ -61,11 +61,11 @@ def tile(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
         scores = problem.softcap * torch.tanh(scores / problem.softcap)
     if problem.bias is not None:
         scores = scores + problem.bias(problem.q_at, problem.k_at).unflatten(1, (k.shape[1], -1))
-    scores = scores.masked_fill(seen.mask[:, None, None] < 0, -torch.inf)
+    scores = scores.masked_fill(mask.added[:, None, None] < 0, -torch.inf)
     if problem.sinks is not None:
         column = problem.sinks.to(wide).view(1, k.shape[1], -1, 1, 1).expand(*scores.shape[:4], 1)
         scores = torch.cat([scores, column], -1)
-    weights = seen.cover(torch.softmax(scores, -1))[..., : k.shape[2]]
+    weights = mask.zero_empty(torch.softmax(scores, -1))[..., : k.shape[2]]
     weights = F.dropout(weights, problem.dropout) if problem.dropout else weights
     if torch.compiler.is_exporting():  # a product over G * T rows would tie the exported length to its example
         return torch.einsum("bkgts,bksf->bkgtf", weights.to(v.dtype), v).flatten(1, 2)
@@ -79,14 +79,14 @@ def slow_backward(q: Tensor) -> bool:
 
 def by_sdpa(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Tensor:
     """One tile through SDPA with a mask; rows that see nothing give 0."""
-    seen = problem.seen()
-    mask = seen.mask.to(q.dtype).unsqueeze(1)
+    mask = problem.mask()
+    added = mask.added.to(q.dtype).unsqueeze(1)
     if problem.bias is not None:
-        mask = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(mask < 0, -torch.inf)
+        added = problem.bias(problem.q_at, problem.k_at).to(q.dtype).masked_fill(added < 0, -torch.inf)
     shared = q.shape[1] != k.shape[1]
     if shared and problem.bias is None and not torch.compiler.is_exporting() and q.shape[2] == 1:
         rows = q.unflatten(1, (k.shape[1], -1)).squeeze(3)  # heads that share keys read them once, as rows of one head
-        out = F.scaled_dot_product_attention(rows, k, v, mask, problem.dropout, scale=problem.scale)
-        return seen.cover(out.unsqueeze(3).flatten(1, 2))
-    out = F.scaled_dot_product_attention(q, k, v, mask, problem.dropout, scale=problem.scale, enable_gqa=shared)
-    return seen.cover(out)
+        out = F.scaled_dot_product_attention(rows, k, v, added, problem.dropout, scale=problem.scale)
+        return mask.zero_empty(out.unsqueeze(3).flatten(1, 2))
+    out = F.scaled_dot_product_attention(q, k, v, added, problem.dropout, scale=problem.scale, enable_gqa=shared)
+    return mask.zero_empty(out)

@@ -17,7 +17,7 @@ from mm.nn.norm import build_norm
 from mm.nn.state import KVCache, Write
 from mm.positions import rope as rotary
 from mm.positions.rope import Rotation
-from mm.positions.visibility import At, Seen
+from mm.positions.visibility import At, Mask
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class AttentionInputs:
     bias: Bias | None = None
     cache: KVCache | None = None
     write: Write | None = None
-    seen: Seen | None = None
+    mask: Mask | None = None
     routes: list[Route] | None = None
 
 
@@ -103,7 +103,7 @@ class Heads(nn.Module):
         return attend(q, k, v, q_at=inputs.at, k_at=k_at, window=window, q_rope=q_rope, k_rope=k_rope, bias=inputs.bias,
                       sinks=self.sinks, softcap=s.softcap, scale=s.head_dim**-0.5 if s.scale is None else s.scale,
                       dropout=s.dropout if self.training else 0.0,
-                      seen=None if self.extra_k is not None else inputs.seen)
+                      mask=None if self.extra_k is not None else inputs.mask)
 
     def with_extra(self, k: Tensor, v: Tensor, k_at: At) -> tuple[Tensor, Tensor, At]:
         extra = (self.extra_k, self.extra_v)

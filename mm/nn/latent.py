@@ -85,4 +85,4 @@ class LatentAttention(nn.Module):
     def attend(self, q: Tensor, k: Tensor, v: Tensor, inputs: AttentionInputs, k_at: At) -> Tensor:
         s = self.settings
         return attend(q, k, v, q_at=inputs.at, k_at=k_at, window=s.window, bias=inputs.bias, scale=self.scale,
-                      dropout=s.dropout if self.training else 0.0, seen=inputs.seen)
+                      dropout=s.dropout if self.training else 0.0, mask=inputs.mask)

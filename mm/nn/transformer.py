@@ -21,7 +21,7 @@ from mm.nn.norm import build_norm
 from mm.nn.state import Int8Cache, KVCache, Slots, StackState, check_state
 from mm.positions import rope as rotary
 from mm.positions.absolute import build_bias
-from mm.positions.visibility import EMPTY, At, Seen, along, visible
+from mm.positions.visibility import EMPTY, At, Mask, along, visible
 from mm.spec import attention, schema
 
 
@@ -137,7 +137,7 @@ class Transformer(nn.Module):
                  for i, window in zip(self.rope_of, windows, strict=True) if window.first and i is not None}
         writes = {(slots.size, slots.first): slots.write(at, within) for slots in (state.slots if state else ())}
         one_tile = not torch.compiler.is_exporting() and at.position.shape[1] <= ROWS
-        seen: dict[tuple[int, spec.Window], Seen] = {}
+        masks: dict[tuple[int, spec.Window], Mask] = {}
         layer_inputs = []
         for k, (i, window) in enumerate(zip(self.rope_of, windows, strict=True)):
             rotated = (None, None) if i is None else (rotations[i], early.get((i, window.left)))
@@ -147,9 +147,9 @@ class Transformer(nn.Module):
             cache = state.caches[k]
             size = cache.k.shape[2] - 1
             write = writes[size, window.first]
-            if one_tile and (size, window) not in seen:
-                seen[size, window] = Seen.of(visible(at, cache.sees(write), window), at.whole)
-            mask = seen.get((size, window))
+            if one_tile and (size, window) not in masks:
+                masks[size, window] = Mask.of(visible(at, cache.sees(write), window), at.whole)
+            mask = masks.get((size, window))
             layer_inputs.append(AttentionInputs(at, window, *rotated, self.bias, cache, write, mask))
         return layer_inputs
 

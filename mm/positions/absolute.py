@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +11,6 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.errors import InputError
-from mm.kernels.problem import ByOffset
 from mm.positions.visibility import At
 
 
@@ -51,6 +51,16 @@ def resample_line(table: Tensor, length: int) -> Tensor:
         return table
     line = F.interpolate(table.float().T.unsqueeze(0), length, mode="linear", align_corners=False)
     return line[0].T.to(table.dtype)
+
+
+@dataclass(frozen=True)
+class ByOffset:
+    """A bias that depends on key position minus query position alone, for a kernel to compute: what `by_offset` of a
+    `Bias` gives. weight: (H,) factors of minus the distance; or (count, H) with buckets (2 * reach + 1,) int32, the
+    row of each offset -reach..reach, beyond which the bias stays as it is."""
+
+    weight: Tensor | None
+    buckets: Tensor | None = None
 
 
 class LearnedPositions(nn.Module):

@@ -95,34 +95,34 @@ def visible(q_at: At, k_at: At, window: Window) -> Tensor:
 
 
 @dataclass(frozen=True)
-class Seen:
-    """`visible` as it is added to scores. mask: (B, T, S) float32, 0 where a key is seen and -inf elsewhere; blind:
-    (B, T, 1) bool, the queries that see nothing, None where each is known to see something."""
+class Mask:
+    """`visible` in the form that is added to scores. added: (B, T, S) float32, 0 where a query sees a key and -inf
+    elsewhere; empty: (B, T, 1) bool, the queries that see no key, None where each is known to see one."""
 
-    mask: Tensor
-    blind: Tensor | None
+    added: Tensor
+    empty: Tensor | None
 
     @classmethod
-    def of(cls, visible: Tensor, all_see: bool = False) -> Seen:
-        mask = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
-        return cls(mask, None if all_see else ~visible.any(-1, keepdim=True))
+    def of(cls, visible: Tensor, all_see: bool = False) -> Mask:
+        added = torch.zeros(visible.shape, device=visible.device).masked_fill_(~visible, -torch.inf)
+        return cls(added, None if all_see else ~visible.any(-1, keepdim=True))
 
-    def rows(self, start: int, stop: int, keys: slice) -> Seen:
-        """What the queries start:stop see of these keys."""
-        return Seen(self.mask[:, start:stop, keys], None if self.blind is None else self.blind[:, start:stop])
+    def rows(self, start: int, stop: int, keys: slice) -> Mask:
+        """The part for the queries start:stop and these keys."""
+        return Mask(self.added[:, start:stop, keys], None if self.empty is None else self.empty[:, start:stop])
 
-    def cover(self, out: Tensor) -> Tensor:
-        """0 in the rows of out (B, ..., T, F) that see nothing; in its memory, which the caller gives away, where no
-        gradient is recorded."""
-        blind = self.blind
-        if blind is None:
+    def zero_empty(self, out: Tensor) -> Tensor:
+        """Set the rows of out (B, ..., T, F) whose query sees no key to 0; in place, where no gradient is recorded: the
+        caller gives its memory away."""
+        empty = self.empty
+        if empty is None:
             return out
         for _ in range(out.ndim - 3):
-            blind = blind.unsqueeze(1)
-        return out.masked_fill(blind, 0.0) if torch.is_grad_enabled() else out.masked_fill_(blind, 0.0)
+            empty = empty.unsqueeze(1)
+        return out.masked_fill(empty, 0.0) if torch.is_grad_enabled() else out.masked_fill_(empty, 0.0)
 
 
-register(Seen)
+register(Mask)
 
 
 def all_visible(q_at: At, k_at: At, window: Window) -> bool:

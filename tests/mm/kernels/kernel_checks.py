@@ -14,12 +14,12 @@ from mm.errors import InputError
 from mm.kernels import operator
 from mm.kernels import triton_launch as run
 from mm.kernels.operator import by_kernel
-from mm.kernels.problem import ByOffset, Problem
+from mm.kernels.problem import Problem
 from mm.kernels.reference import reference
 from mm.kernels.triton_plan import Call, suits_hopper
 from mm.nn.state import Slots
 from mm.positions import rope
-from mm.positions.absolute import AlibiBias, BucketBias
+from mm.positions.absolute import AlibiBias, BucketBias, ByOffset
 from mm.positions.visibility import At, along, packed, padded
 from mm.spec import CAUSAL, EVERYWHERE, Alibi, Axial, Buckets, Rope, Window
 
