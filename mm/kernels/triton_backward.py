@@ -1,5 +1,8 @@
-"""The backward pass: dQ by tiles of queries, dK and dV by tiles of keys, each sum in one program and so always in the
-same order. Scores are computed again from q, k and the saved sums; nothing is added up by atomics."""
+"""The backward pass: dQ and the gradient of a bias by tiles of queries, dK and dV by tiles of keys.
+
+Each sum is made in one program and so always in the same order; nothing is added up by atomics. Scores are computed
+again from q, k and the saved sums.
+"""
 
 from __future__ import annotations
 
@@ -20,13 +23,14 @@ from mm.kernels.triton_tile import (
     rows_of,
     store_keyed,
     store_values,
+    wide,
 )
-from mm.kernels.triton_window import locate, sees, span
+from mm.kernels.triton_visibility import locate, sees, span
 
 
 @triton.jit
 def weights_of(s, seen, lse, masked: tl.constexpr):
-    """Weights before dropout."""
+    """Compute the weights before dropout."""
     weights = tl.exp2(s - lse)
     if masked:
         weights = tl.where(seen, weights, 0.0)
@@ -35,7 +39,7 @@ def weights_of(s, seen, lse, masked: tl.constexpr):
 
 @triton.jit
 def thin(x, keep, plan: tl.constexpr):
-    """Dropout of weights or of their gradients."""
+    """Apply dropout to weights or to their gradients."""
     if plan.dropout > 0.0:
         x = tl.where(keep, x * (1.0 / (1.0 - plan.dropout)), 0.0)
     return x
@@ -43,7 +47,7 @@ def thin(x, keep, plan: tl.constexpr):
 
 @triton.jit
 def bend(score_grads, slope, plan: tl.constexpr):
-    """Gradients of scores -> of what the softcap was put on."""
+    """Take gradients of scores back through the softcap."""
     if plan.softcap > 0.0:
         score_grads = score_grads * slope
     return score_grads
@@ -52,8 +56,8 @@ def bend(score_grads, slope, plan: tl.constexpr):
 @triton.jit
 def query_step(q1, q2, g1, g2, rows, lse, delta, k, v, k_at, k_rope, bias, seed, b, kv_head, first, S, scale,
                masked: tl.constexpr, plan: tl.constexpr):
-    """The keys first..first + plan.keys for a tile of queries: parts of k, gradients of products and of scores
-    (rows, keys), and the keys' positions."""
+    """Compute for a tile of queries and the keys first..first + plan.keys: both parts of k, gradients of the products
+    and of the scores (rows, keys), and the positions of the keys."""
     q_position, q_document, token, head, draw = rows
     local = tl.arange(0, plan.keys)
     key = first + local
@@ -129,7 +133,7 @@ def gather(weights, x1, x2, sum1, sum2, second: tl.constexpr):
 @triton.jit
 def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at, q_rope, bias, seed, b, kv_head, first,
              T, scale, masked: tl.constexpr, plan: tl.constexpr):
-    """Add what the packed query rows first..first + plan.rows give to a tile of keys (keys, rows)."""
+    """Add the share of the packed query rows first..first + plan.rows to the gradients of a tile of keys."""
     k_position, k_document, k_prefix, key, k_inside = keys
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
     inside = token < T
@@ -155,7 +159,7 @@ def key_step(dk1, dk2, dv1, dv2, k1, k2, v1, v2, keys, grad, q, lse, delta, q_at
 
 @triton.jit
 def reaching(spans, b, tile, T, S, plan: tl.constexpr):
-    """Tiles of packed query rows that reach a tile of keys, as `span` gives them."""
+    """Return the tiles of packed query rows that reach a tile of keys, as `span` gives them."""
     if plan.regular:
         first = tile * plan.keys
         last = tl.minimum(first + plan.keys, S) - 1
@@ -202,3 +206,37 @@ def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_rope, k_rope,
     dk1, dk2 = rotate_back(dk1, dk2, k_rope, b, kv_head, key, k_inside, plan.k_rope, plan)
     store_keyed(base(dk, b, kv_head, first), local * dk.token, k_inside, dk1, dk2, plan)
     store_values(base(dv, b, kv_head, first), local * dv.token, k_inside, dv1, dv2, plan)
+
+
+@triton.jit
+def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_rope, k_rope, bias, seed, spans, scale, T, S,
+                  plan: tl.constexpr):
+    """Grid (tiles of queries * B, K): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
+    buckets between the least and the greatest offset of a tile are looked at: one, far from the diagonal."""
+    tile, kv_head, b = place(tl.cdiv(T * plan.group, plan.rows))
+    first = tile * plan.rows
+    start, offsets, token, head = rows_of(q, b, kv_head, first, plan)
+    inside = token < T
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
+    start, offsets, token, head = rows_of(grad, b, kv_head, first, plan)
+    g1, g2 = load_values(start, offsets, inside, True, plan)
+    draw = b * tl.num_programs(1) * plan.group + head
+    total = tl.load(row_values(lse, b, kv_head, head, token, T, plan), mask=inside, other=float("inf"))
+    drop = tl.load(row_values(delta, b, kv_head, head, token, T, plan), mask=inside, other=0.0)
+    position, document, unprefixed = locate(q_at, b, token, inside)
+    rows = (position, document, token, head, draw)
+    column = tl.arange(0, triton.next_power_of_2(plan.buckets))
+    gathered = tl.full([plan.rows, triton.next_power_of_2(plan.buckets)], 0.0, tl.float32)
+    seed = 0 if seed is None else tl.load(seed)
+    begin, a, z, end = ranges(spans, b, tile, T, S, plan)
+    for i in range(begin, end):
+        k1, k2, product_grads, grads, k_position = query_step(q1, q2, g1, g2, rows, total, drop, k, v, k_at, k_rope,
+                                                              bias, seed, b, kv_head, i * plan.keys, S, scale, True,
+                                                              plan)
+        offset = tl.minimum(tl.maximum(k_position[None, :] - position[:, None], -plan.reach), plan.reach) + plan.reach
+        found = tl.load(bucket + offset)
+        for j in range(tl.min(found), tl.max(found) + 1):
+            share = tl.sum(tl.where(found == j, grads, 0.0), 1)
+            gathered += tl.where(column[None, :] == j, share[:, None], 0.0)
+    tl.store(sums + (wide(draw) * T + token)[:, None] * plan.buckets + column[None, :], gathered,
+             mask=inside[:, None] & (column < plan.buckets)[None, :])

@@ -1,4 +1,8 @@
-"""The forward pass: one program per tile of packed query rows, online softmax over the keys that it can reach."""
+"""The forward passes, all by an online softmax over the keys that a tile can reach.
+
+`forward`: one program per tile of packed query rows. `decode` and `join`: few queries over many keys, which are split
+between programs, so that the whole GPU reads the cache. `forward_hopper`: plain runs with specialised warps.
+"""
 
 from __future__ import annotations
 
@@ -17,13 +21,14 @@ from mm.kernels.triton_tile import (
     row_values,
     rows_of,
     store_values,
+    wide,
 )
-from mm.kernels.triton_window import locate, sees, span
+from mm.kernels.triton_visibility import locate, sees, span
 
 
 @triton.jit
 def weigh(s, peak, total):
-    """One step of the online softmax: new maximum, new sum, weights, and what earlier sums shrink by."""
+    """Take one step of the online softmax: new maximum, new sum, weights, and the factor for earlier sums."""
     higher = tl.maximum(peak, tl.max(s, 1))
     safe = tl.where(higher == -float("inf"), 0.0, higher)
     weights = tl.exp2(s - safe[:, None])
@@ -34,7 +39,7 @@ def weigh(s, peak, total):
 @triton.jit
 def step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b, kv_head, first, S, scale,
          masked: tl.constexpr, plan: tl.constexpr):
-    """Take in the keys first..first + plan.keys."""
+    """Add the keys first..first + plan.keys to the outputs of a tile of queries."""
     q_position, q_document, token, head = rows
     local = tl.arange(0, plan.keys)
     key = first + local
@@ -62,7 +67,7 @@ def step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, 
 
 @triton.jit
 def begin(sinks, head, plan: tl.constexpr):
-    """Maximum and sum before any key: a sink's weight, or nothing."""
+    """Start the maximum and the sum before any key: a sink's weight, or nothing."""
     peak = tl.full([plan.rows], -float("inf"), tl.float32)
     total = tl.full([plan.rows], 0.0, tl.float32)
     if plan.sinks:
@@ -73,7 +78,7 @@ def begin(sinks, head, plan: tl.constexpr):
 
 @triton.jit
 def ranges(spans, b, tile, T, S, plan: tl.constexpr):
-    """Tiles of keys that a tile of queries reaches, as `span` gives them."""
+    """Return the tiles of keys that a tile of queries reaches, as `span` gives them."""
     if plan.regular:
         first = tile * plan.rows // plan.group
         last = tl.minimum((tile * plan.rows + plan.rows - 1) // plan.group, T - 1)
@@ -118,3 +123,94 @@ def forward(q, k, v, out, lse, q_at, k_at, q_rope, k_rope, sinks, bias, seed, sp
     store_values(start, offsets, inside, out1 * share[:, None], out2, plan)
     tl.store(row_values(lse, b, kv_head, head, token, T, plan),
              tl.where(total == 0.0, float("inf"), peak + tl.log2(total)), mask=inside)
+
+
+# ---------------------------------------------------------------------------------------------- decoding
+@triton.jit
+def decode(q, k, v, parts, sums, q_at, k_at, q_rope, k_rope, sinks, bias, seed, scale, T, S, run,
+           plan: tl.constexpr):
+    """Grid (splits * B, K), all rows in one tile. Split i takes the keys i * run..(i + 1) * run and writes its output
+    to parts (B, splits * H, T, F) and its log2 of sums to sums (B, splits * H, T), both float32."""
+    splits = tl.cdiv(S, run)
+    split, kv_head, b = place(splits)
+    start, offsets, token, head = rows_of(q, b, kv_head, 0, plan)
+    inside = token < T
+    q1, q2 = load_keyed(start, offsets, q_rope, b, head, token, inside, plan.q_rope, True, plan)
+    position, document, _ = locate(q_at, b, token, inside)
+    rows = (position, document, token, head)
+    peak, total = begin(sinks, head, plan)
+    if plan.sinks:  # a sink counts once
+        peak, total = tl.where(split == 0, peak, -float("inf")), tl.where(split == 0, total, 0.0)
+    out1 = tl.full([plan.rows, plan.v1], 0.0, tl.float32)
+    out2 = peak if plan.v2 == 0 else tl.full([plan.rows, plan.v2], 0.0, tl.float32)
+    seed = 0 if seed is None else tl.load(seed)
+    for first in range(split * run, tl.minimum(split * run + run, S), plan.keys):
+        out1, out2, peak, total = step(out1, out2, peak, total, q1, q2, rows, k, v, k_at, k_rope, bias, seed, b,
+                                       kv_head, first, S, scale, True, plan)
+    share = 1.0 / tl.where(total == 0.0, 1.0, total)
+    heads = tl.num_programs(1) * plan.group
+    start, offsets, token, head = rows_of(parts, b, kv_head, 0, plan)
+    if plan.v2 > 0:
+        out2 *= share[:, None]
+    store_values(start + split * heads * parts.head, offsets, inside, out1 * share[:, None], out2, plan)
+    here = wide((b * splits + split) * heads + head) * T + token
+    tl.store(sums + here, tl.where(total == 0.0, -float("inf"), peak + tl.log2(total)), mask=inside)
+
+
+@triton.jit
+def join(parts, sums, out, lse, T, splits, width: tl.constexpr, padded: tl.constexpr):
+    """Grid (T * B, H). Add up the parts of one row, weighted by their sums."""
+    token, head, b = place(T)
+    heads = tl.num_programs(1)
+    column = tl.arange(0, padded)
+    total, peak, mixed = 0.0, -float("inf"), tl.full([padded], 0.0, tl.float32)
+    for split in range(splits):
+        here = wide((b * splits + split) * heads + head)
+        part = tl.load(parts.data + here * parts.head + token * parts.token + column, mask=column < width, other=0.0)
+        s = tl.load(sums + here * T + token)
+        higher = tl.maximum(peak, s)
+        safe = tl.where(higher == -float("inf"), 0.0, higher)
+        weight, shrink = tl.exp2(s - safe), tl.exp2(peak - safe)
+        mixed, total, peak = mixed * shrink + part * weight, total * shrink + weight, higher
+    mixed /= tl.where(total == 0.0, 1.0, total)
+    at = out.data + wide(b) * out.batch + head * out.head + token * out.token + column
+    tl.store(at, mixed.to(out.data.dtype.element_ty), mask=column < width)
+    tl.store(lse + wide(b * heads + head) * T + token, tl.where(total == 0.0, float("inf"), peak + tl.log2(total)))
+
+
+# ------------------------------------------------------------------------------------------------ Hopper
+# One group of warps fetches tiles by the tensor memory accelerator, two multiply. Triton's compiler divides the work
+# where it finds one loop, 4 warps, 128 rows and tiles that come by descriptors made in the kernel; so every step is
+# masked, and heads that share keys are not packed. For plain runs of 16-bit numbers.
+@triton.jit
+def tokens_of(x, b, head, length, count: tl.constexpr, width: tl.constexpr):
+    """Describe a head's tokens, to be fetched `count` at a time; beyond `length` they are 0."""
+    return tl.make_tensor_descriptor(base(x, b, head, 0), shape=[length, width], strides=[x.token, 1],
+                                     block_shape=[count, width])
+
+
+@triton.jit
+def forward_hopper(q, k, v, out, lse, sinks, scale, T, S, plan: tl.constexpr):
+    """Grid (tiles * B, H). out: (B, H, T, F); lse: (B, H, T) log2 of each row's sum, inf where it is 0."""
+    tiles = tl.cdiv(T, plan.rows)
+    tile, head, b = place(tiles)
+    first = (tiles - 1 - tile) * plan.rows
+    token = first + tl.arange(0, plan.rows)
+    queries = tokens_of(q, b, head, T, plan.rows, plan.width).load([first, 0])
+    keys = tokens_of(k, b, head // plan.group, S, plan.keys, plan.width)
+    values = tokens_of(v, b, head // plan.group, S, plan.keys, plan.value_width)
+    peak, total = begin(sinks, head + 0 * token, plan)
+    mixed = tl.full([plan.rows, plan.value_width], 0.0, tl.float32)
+    start, a, z, end = span(first, tl.minimum(first + plan.rows, T) - 1, S, plan.left, plan.right, 1, plan.keys, plan)
+    for i in tl.range(start, end, warp_specialize=True):
+        key = i * plan.keys + tl.arange(0, plan.keys)
+        s, slope = finish(tl.dot(queries, keys.load([i * plan.keys, 0]).T), scale, token, key, head, None, plan)
+        seen = sees(token[:, None], None, key[None, :], None, None, key[None, :] < S, plan)
+        peak, total, weights, shrink = weigh(tl.where(seen, s, -float("inf")), peak, total)
+        mixed = tl.dot(weights.to(queries.dtype), values.load([i * plan.keys, 0]), mixed * shrink[:, None])
+    mixed = mixed / tl.where(total == 0.0, 1.0, total)[:, None]
+    channel = tl.arange(0, plan.value_width)
+    start = base(out, b, head, first) + (token - first)[:, None] * out.token + channel[None, :]
+    tl.store(start, mixed.to(out.data.dtype.element_ty), mask=(token < T)[:, None])
+    tl.store(lse + wide(b * tl.num_programs(1) + head) * T + token,
+             tl.where(total == 0.0, float("inf"), peak + tl.log2(total)), mask=token < T)

@@ -1,4 +1,4 @@
-"""What a call is compiled with: tile sizes by head width, column parts, features."""
+"""Arguments of the Triton kernels, and the constants that each is compiled with: tile sizes, column parts, features."""
 
 from __future__ import annotations
 
@@ -11,8 +11,13 @@ from mm.kernels.triton_tile import Plan
 
 
 @dataclass(frozen=True)
-class Call:
-    """The arguments of `mm::attention`, in its order (see `operator`)."""
+class KernelArgs:
+    """The arguments of `mm::attention`, in the order of its schema: tensors first.
+
+    q (B, H, T, E), k (B, K, S, E), v (B, K, S, F); sinks (H,); bias and buckets as in `ByOffset`; seed (1,) of dropout;
+    positions and documents (B, T) or (B, S), prefix (B, S), None for plain runs; cos and sin (B or 1, H or 1, T, R) of
+    rotations that are left to the kernel. left, right, chunk: the window, -1 without a limit.
+    """
 
     q: Tensor
     k: Tensor
@@ -32,7 +37,7 @@ class Call:
     k_sin: Tensor | None
     interleaved: bool
     regular: bool
-    left: int  # -1: without limit, as in the next two
+    left: int
     right: int
     chunk: int
     scale: float
@@ -44,17 +49,32 @@ class Call:
         return self.q.shape[2], self.k.shape[2]
 
     @property
+    def group(self) -> int:
+        """Query heads to a key head."""
+        return self.q.shape[1] // self.k.shape[1]
+
+    @property
+    def widest(self) -> int:
+        return max(self.q.shape[3], self.v.shape[3])
+
+    @property
+    def exact(self) -> bool:
+        """Whether products are of float32 numbers as such, which need small tiles."""
+        return self.q.dtype == torch.float32
+
+    @property
     def plain(self) -> bool:
         """Whether tiles carry nothing but scores: no positions to read, no rotation, no bias, no softcap."""
         return self.regular and self.q_cos is None and self.k_cos is None and self.bias is None and not self.softcap
 
-    def table(self) -> Tensor | None:
+    def bias_table(self) -> Tensor | None:
         """What the kernels read a bias from: (H, 2 * reach + 1) values by offset as int16 halves, or (H,) slopes."""
         if self.buckets is None:
             return None if self.bias is None else self.bias.float().contiguous()
         return self.bias.float()[self.buckets].T.contiguous().view(torch.int16)
 
 
+# ------------------------------------------------------------------------------------------------- tiles
 @dataclass(frozen=True)
 class Tile:
     """Packed query rows and keys of a tile, warps, and pipeline stages."""
@@ -73,56 +93,48 @@ HOPPER_TILE = Tile(128, 128, 4, 2)
 HOPPER_IS_FASTER = False  # than `forward`: nobody has measured it yet (`mm bench attention` does)
 
 
-def widest(call: Call) -> int:
-    return max(call.q.shape[3], call.v.shape[3])
-
-
-def forward_tile(call: Call) -> Tile:
-    """The largest that spill no registers, by `mm bench attention --suite compile`; so are the next three."""
-    if call.q.dtype == torch.float32:
+def forward_tile(args: KernelArgs) -> Tile:
+    """The largest that spills no registers, by `mm bench attention --suite compile`; so are the next three."""
+    if args.exact:
         return Tile(16, 32, 8, 1)
-    width = widest(call)
-    if width <= 96:
-        return Tile(128, 128 if call.plain else 64, 8, 3 if width <= 64 else 2)
-    return Tile(128, 32 if width > 192 or call.bias is not None else 64, 8, 3)
+    if args.widest <= 96:
+        return Tile(128, 128 if args.plain else 64, 8, 3 if args.widest <= 64 else 2)
+    return Tile(128, 32 if args.widest > 192 or args.bias is not None else 64, 8, 3)
 
 
-def suits_hopper(call: Call) -> bool:
-    """Whether `forward_hopper` can do it: plain runs of 16-bit heads, 64 or 128 wide, where descriptors can point."""
-    heads = (call.q, call.k, call.v)
-    return (call.regular and call.q_cos is None and call.k_cos is None and call.bias is None and not call.dropout
-            and call.q.element_size() == 2 and call.q.shape[3] == call.v.shape[3] and call.q.shape[3] in (64, 128)
-            and call.q.shape[2] >= HOPPER_TILE.rows
-            and all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3]) for x in heads))
-
-
-def decode_tile(call: Call) -> Tile:
+def decode_tile(args: KernelArgs) -> Tile:
     """All rows at once; keys as they stream in from memory."""
-    if call.q.dtype == torch.float32:
+    if args.exact:
         return Tile(16, 32, 8, 2)
-    rows = power(call.q.shape[2] * (call.q.shape[1] // call.k.shape[1]))
-    return Tile(min(rows, 64), 64 if widest(call) <= 128 else 32, 4, 3)
+    return Tile(min(power(args.q.shape[2] * args.group), 64), 64 if args.widest <= 128 else 32, 4, 3)
 
 
-def query_tile(call: Call) -> Tile:
-    """Of dQ and of the gradient of a bias."""
-    if call.q.dtype == torch.float32:
+def query_tile(args: KernelArgs) -> Tile:
+    """For `backward_queries` and `backward_bias`."""
+    if args.exact:
         return Tile(16, 32, 8, 1)
-    width = widest(call)
-    if width <= 128:
-        return Tile(128, 32 if width > 64 and call.bias is not None else 64, 8, 2)
-    return Tile(64, 64 if width <= 192 and call.plain else 32, 8, 2)
+    if args.widest <= 128:
+        return Tile(128, 32 if args.widest > 64 and args.bias is not None else 64, 8, 2)
+    return Tile(64, 64 if args.widest <= 192 and args.plain else 32, 8, 2)
 
 
-def key_tile(call: Call) -> Tile:
-    """Of dK and dV."""
-    if call.q.dtype == torch.float32:
-        return Tile(16, 16, 8 if widest(call) <= 128 else 16, 1)
-    width = widest(call)
-    if width <= 128:
-        rotated = width > 64 and call.q_cos is not None
-        return Tile(64 if width <= 64 or call.plain and not call.dropout else 32, 64 if rotated else 128, 8, 2)
-    return Tile(32 if width <= 192 else 16, 64, 8, 2)
+def key_tile(args: KernelArgs) -> Tile:
+    """For `backward_keys`."""
+    if args.exact:
+        return Tile(16, 16, 8 if args.widest <= 128 else 16, 1)
+    if args.widest <= 128:
+        rotated = args.widest > 64 and args.q_cos is not None
+        return Tile(64 if args.widest <= 64 or args.plain and not args.dropout else 32, 64 if rotated else 128, 8, 2)
+    return Tile(32 if args.widest <= 192 else 16, 64, 8, 2)
+
+
+def suits_hopper(args: KernelArgs) -> bool:
+    """Whether `forward_hopper` can do it: plain runs of 16-bit heads, 64 or 128 wide, where descriptors can point."""
+    heads = (args.q, args.k, args.v)
+    return (args.regular and args.q_cos is None and args.k_cos is None and args.bias is None and not args.dropout
+            and args.q.element_size() == 2 and args.q.shape[3] == args.v.shape[3] and args.q.shape[3] in (64, 128)
+            and args.q.shape[2] >= HOPPER_TILE.rows
+            and all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3]) for x in heads))
 
 
 def shared_memory(device: torch.device) -> int:
@@ -130,12 +142,12 @@ def shared_memory(device: torch.device) -> int:
     return torch.cuda.get_device_properties(device).shared_memory_per_block_optin if device.type == "cuda" else 232448
 
 
-def fitted(tile: Tile, call: Call, kept: int, streamed: str, rotated: Tensor | None) -> Tile:
-    """Fewer stages, then smaller steps, until a program fits the GPU. kept: bytes that it holds throughout; streamed:
-    the side that passes by, "rows" or "keys", with angles where `rotated`."""
-    size = (call.q.shape[3] + call.v.shape[3]) * call.q.element_size()
+def fitted(tile: Tile, args: KernelArgs, kept: int, streamed: str, rotated: Tensor | None) -> Tile:
+    """Take fewer stages, then smaller steps, until a program fits the GPU. kept: bytes that it holds throughout;
+    streamed: the side that passes by, "rows" or "keys", with angles where `rotated`."""
+    size = (args.q.shape[3] + args.v.shape[3]) * args.q.element_size()
     size += 0 if rotated is None else 4 * rotated.shape[3]
-    room = shared_memory(call.q.device) - 4096 - kept
+    room = shared_memory(args.q.device) - 4096 - kept
     while tile.stages > 1 and tile.stages * getattr(tile, streamed) * size > room:
         tile = replace(tile, stages=tile.stages - 1)
     while getattr(tile, streamed) > 16 and getattr(tile, streamed) * size > room:
@@ -143,17 +155,10 @@ def fitted(tile: Tile, call: Call, kept: int, streamed: str, rotated: Tensor | N
     return tile
 
 
-def row_bytes(x: Tensor) -> int:
-    return x.shape[3] * x.element_size()
-
-
+# -------------------------------------------------------------------------------------------------- plan
 def power(x: int) -> int:
-    """The next power of two, at least what a product takes."""
+    """The next power of two, at least the 16 that a matrix product takes."""
     return max(16, 1 << (x - 1).bit_length())
-
-
-def tiles_of(count: int, size: int) -> int:
-    return -(-count // size)
 
 
 def parts(width: int, most: int) -> tuple[int, int]:
@@ -162,19 +167,19 @@ def parts(width: int, most: int) -> tuple[int, int]:
     return first, power(width - first) if width > first else 0
 
 
-def plan_of(call: Call, tile: Tile) -> Plan:
-    """What is fixed at compile time; fewer rows where there are not as many."""
-    group, width, value_width = call.q.shape[1] // call.k.shape[1], call.q.shape[3], call.v.shape[3]
-    q_rope, k_rope = (0 if cos is None else cos.shape[-1] for cos in (call.q_cos, call.k_cos))
-    widest_part = 128 if call.q.dtype == torch.float32 else 256
+def plan_of(args: KernelArgs, tile: Tile) -> Plan:
+    """The constants of a kernel for a call; fewer rows where the call has not as many."""
+    width, value_width = args.q.shape[3], args.v.shape[3]
+    q_rope, k_rope = (0 if cos is None else cos.shape[-1] for cos in (args.q_cos, args.k_cos))
+    widest_part = 128 if args.exact else 256
     k1, k2 = (power(width // 2),) * 2 if q_rope or k_rope else parts(width, widest_part)
     v1, v2 = parts(value_width, widest_part)
-    left, right, chunk = (None if far < 0 else far for far in (call.left, call.right, call.chunk))
-    reach = 0 if call.buckets is None else len(call.buckets) // 2
+    left, right, chunk = (None if far < 0 else far for far in (args.left, args.right, args.chunk))
+    reach = 0 if args.buckets is None else len(args.buckets) // 2
     return Plan(
-        rows=min(tile.rows, power(call.q.shape[2] * group)), keys=tile.keys, group=group, width=width,
-        value_width=value_width, k1=k1, k2=k2, v1=v1, v2=v2, left=left, right=right, chunk=chunk, regular=call.regular,
-        documents=call.q_document is not None, prefix=call.prefix is not None, softcap=call.softcap,
-        dropout=call.dropout, q_rope=q_rope, k_rope=k_rope, interleaved=call.interleaved, reach=reach,
-        buckets=0 if call.bias is None else len(call.bias), alibi=call.bias is not None and reach == 0,
-        sinks=call.sinks is not None)
+        rows=min(tile.rows, power(args.q.shape[2] * args.group)), keys=tile.keys, group=args.group, width=width,
+        value_width=value_width, k1=k1, k2=k2, v1=v1, v2=v2, left=left, right=right, chunk=chunk, regular=args.regular,
+        documents=args.q_document is not None, prefix=args.prefix is not None, softcap=args.softcap,
+        dropout=args.dropout, q_rope=q_rope, k_rope=k_rope, interleaved=args.interleaved, reach=reach,
+        buckets=0 if args.bias is None else len(args.bias), alibi=args.bias is not None and reach == 0,
+        sinks=args.sinks is not None)

@@ -1,8 +1,8 @@
-"""What every Triton kernel shares: loading and rotating a tile, scores, dropout.
+"""Parts that all Triton kernels share: loading and rotating a tile, scores, dropout.
 
-A head is handled as two column parts. Unrotated, the first is its largest power of two and the second what is left
+A head is handled as two column parts. Unrotated, the first is its largest power of two and the second the rest
 (80 = 64 + 16, 192 = 128 + 64), so that no width is padded to the next power; rotated on load, the parts are the two
-members of each pair, so that turning is arithmetic in registers in both directions.
+members of each pair, so that rotating is arithmetic in registers, forwards and backwards.
 
 Query heads that share keys are packed: row r of a tile is token r // group, head r % group.
 """
@@ -51,9 +51,15 @@ class Rotated(NamedTuple):
 
 @dataclass(frozen=True)
 class Plan:
-    """Everything that is fixed when a kernel is compiled. rows: packed query rows of a tile, keys: keys of a tile;
-    k1 + k2 and v1 + v2: columns of the parts of keys and values; q_rope, k_rope: rotated channels (0: none);
-    reach: distance from which on a bucketed bias is constant (0: no such bias)."""
+    """The constants that a kernel is compiled with.
+
+    rows, keys: packed query rows and keys of a tile. group: query heads to a key head. width, value_width: channels of
+    a head. k1 + k2, v1 + v2: columns of the two parts of keys and of values. left, right, chunk: the window, None
+    without a limit. regular: both sides are plain runs 0..T-1, so that positions are not read. documents, prefix:
+    whether there are such facts. softcap, dropout: 0 for none. q_rope, k_rope: rotated channels, 0 for none, in pairs
+    side by side where `interleaved`. reach: the distance from which on a bucketed bias is constant, 0 for no such bias;
+    buckets: its rows. alibi, sinks: whether there are such.
+    """
 
     rows: int
     keys: int
@@ -84,25 +90,25 @@ class Plan:
 # ------------------------------------------------------------------------------------------------ loading
 @triton.jit
 def wide(x):
-    """A 64-bit integer."""
+    """Make an integer 64 bits wide."""
     return x + tl.full([], 0, tl.int64)
 
 
 @triton.jit
 def place(tiles):
-    """(tile, key head, batch row) of a program in a grid (tiles * B, K): grids are long in their first axis alone."""
+    """Return (tile, key head, batch row) of a program in a grid (tiles * B, K): only its first axis may be long."""
     return tl.program_id(0) % tiles, tl.program_id(1), tl.program_id(0) // tiles
 
 
 @triton.jit
 def base(x, b, h, token):
-    """Where token `token` of a head begins; 64-bit, so that what is added to it can be 32-bit."""
+    """Address of token `token` of a head; 64-bit, so that offsets added to it can be 32-bit."""
     return x.data + wide(b) * x.batch + wide(h) * x.head + wide(token) * x.token
 
 
 @triton.jit
 def columns(plan: tl.constexpr):
-    """Channel of each column of the two parts of a query or key."""
+    """Channels of the columns of the two parts of a query or key."""
     rotated: tl.constexpr = max(plan.q_rope, plan.k_rope)
     i = tl.arange(0, plan.k1)
     j = tl.arange(0, plan.k2 if plan.k2 > 0 else plan.k1)
@@ -120,7 +126,7 @@ def columns(plan: tl.constexpr):
 
 @triton.jit
 def present(plan: tl.constexpr):
-    """Which columns of the two parts of a query or key exist."""
+    """Masks of the columns of the two parts of a query or key that exist."""
     i = tl.arange(0, plan.k1)
     j = tl.arange(0, plan.k2 if plan.k2 > 0 else plan.k1)
     if max(plan.q_rope, plan.k_rope) == 0:
@@ -132,7 +138,7 @@ def present(plan: tl.constexpr):
 
 @triton.jit
 def part(start, offsets, inside, column, exists, whole: tl.constexpr, masked: tl.constexpr):
-    """A tile (len(offsets), len(column)), 0 where nothing is."""
+    """Load a tile (len(offsets), len(column)), 0 outside."""
     at = start + offsets[:, None] + column[None, :]
     if masked:
         x = tl.load(at, mask=inside[:, None] if whole else inside[:, None] & exists[None, :], other=0.0)
@@ -145,20 +151,20 @@ def part(start, offsets, inside, column, exists, whole: tl.constexpr, masked: tl
 
 @triton.jit
 def angles(by, b, heads, tokens, inside, rotated: tl.constexpr, plan: tl.constexpr):
-    """cos and sin (rows, k1) of each pair; pairs that do not turn have 1 and 0."""
+    """Load cos and sin (rows, k1) of each pair; pairs that are not rotated have 1 and 0."""
     first, second = columns(plan)
-    rotations = inside[:, None] & (tl.arange(0, plan.k1) < rotated // 2)[None, :]
+    pairs = inside[:, None] & (tl.arange(0, plan.k1) < rotated // 2)[None, :]
     row = wide(b) * by.cos.batch + wide(heads) * by.cos.head + wide(tokens) * by.cos.token
-    cos = tl.load(by.cos.data + row[:, None] + first[None, :], mask=rotations, other=1.0)
+    cos = tl.load(by.cos.data + row[:, None] + first[None, :], mask=pairs, other=1.0)
     row = wide(b) * by.sin.batch + wide(heads) * by.sin.head + wide(tokens) * by.sin.token
-    sin = tl.load(by.sin.data + row[:, None] + second[None, :], mask=rotations, other=0.0)
+    sin = tl.load(by.sin.data + row[:, None] + second[None, :], mask=pairs, other=0.0)
     return cos.to(tl.float32), sin.to(tl.float32)
 
 
 @triton.jit
 def load_keyed(start, offsets, by, b, heads, tokens, inside, rotated: tl.constexpr, masked: tl.constexpr,
                plan: tl.constexpr):
-    """Both parts of a tile of queries or keys, rotated where `turned` says so."""
+    """Load both parts of a tile of queries or keys; `rotated` channels of them are rotated by the angles in `by`."""
     first, second = columns(plan)
     has_first, has_second = present(plan)
     whole: tl.constexpr = plan.k1 + plan.k2 == plan.width
@@ -175,7 +181,7 @@ def load_keyed(start, offsets, by, b, heads, tokens, inside, rotated: tl.constex
 
 @triton.jit
 def rotate_back(x, y, by, b, heads, tokens, inside, rotated: tl.constexpr, plan: tl.constexpr):
-    """The transpose of the rotation, for gradients (float32)."""
+    """Apply the transpose of the rotation, for gradients (float32)."""
     if rotated > 0:
         cos, sin = angles(by, b, heads, tokens, inside, rotated, plan)
         x, y = x * cos + y * sin, y * cos - x * sin
@@ -184,7 +190,7 @@ def rotate_back(x, y, by, b, heads, tokens, inside, rotated: tl.constexpr, plan:
 
 @triton.jit
 def load_values(start, offsets, inside, masked: tl.constexpr, plan: tl.constexpr):
-    """Both parts of a tile of values (or of outputs and their gradients)."""
+    """Load both parts of a tile of values (or of outputs and their gradients)."""
     i = tl.arange(0, plan.v1)
     x = part(start, offsets, inside, i, i < plan.value_width, plan.v1 <= plan.value_width, masked)
     y = x
@@ -217,7 +223,7 @@ def store_values(start, offsets, inside, x, y, plan: tl.constexpr):
 
 @triton.jit
 def rows_of(x, b, kv_head, first, plan: tl.constexpr):
-    """A tile of packed query rows that begins at row `first`: where it starts, offset of each row, tokens, heads."""
+    """Address a tile of packed query rows that begins at row `first`: start, and offsets, tokens, heads of its rows."""
     row = first + tl.arange(0, plan.rows)
     token, head = row // plan.group, row % plan.group
     start = base(x, b, kv_head * plan.group, first // plan.group)
@@ -226,7 +232,7 @@ def rows_of(x, b, kv_head, first, plan: tl.constexpr):
 
 @triton.jit
 def row_values(x, b, kv_head, head, token, T, plan: tl.constexpr):
-    """Where (B, H, T) numbers of packed query rows lie."""
+    """Addresses of the (B, H, T) numbers of packed query rows."""
     first = kv_head * plan.group
     return x + wide(b * tl.num_programs(1) * plan.group + first) * T + ((head - first) * T + token)
 
@@ -234,7 +240,7 @@ def row_values(x, b, kv_head, head, token, T, plan: tl.constexpr):
 # ------------------------------------------------------------------------------------------------- scores
 @triton.jit
 def dots(x1, x2, y1, y2, second: tl.constexpr):
-    """Products of two tiles given in parts."""
+    """Multiply two tiles that are given in parts."""
     if x1.dtype == tl.float32:
         s = exactly(x1, y1)
         if second > 0:
@@ -248,7 +254,7 @@ def dots(x1, x2, y1, y2, second: tl.constexpr):
 
 @triton.jit
 def exactly(x, y):
-    """Products of two float32 tiles as such, not as TF32, 16 channels at a time: more need too many registers."""
+    """Multiply two float32 tiles as such, not as TF32, 16 channels at a time: more need too many registers."""
     count: tl.constexpr = tl.cdiv(x.shape[1], 16)
     return tl.sum(tl.dot(chunked(x, count), tl.permute(chunked(y, count), (0, 2, 1)), input_precision="ieee"), 0)
 
@@ -261,7 +267,7 @@ def chunked(x, count: tl.constexpr):
 
 @triton.jit
 def halves(at):
-    """float32 from two 16-bit halves: loads as narrow as these are left alone, while the compiler would copy a whole
+    """Load float32 numbers as two 16-bit halves: the compiler leaves such narrow loads alone, and would copy a whole
     tile of wider ones into shared memory for every step ahead."""
     low, high = tl.load(at).to(tl.int32) & 0xFFFF, tl.load(at + 1).to(tl.int32) << 16
     return (low | high).to(tl.float32, bitcast=True)
@@ -269,7 +275,7 @@ def halves(at):
 
 @triton.jit
 def finish(s, scale, q, k, head, bias, plan: tl.constexpr):
-    """Raw products -> scores in units of log 2, and what the softcap multiplies their gradients by."""
+    """Turn raw products into scores in units of log 2, and the factor of the softcap in their gradients."""
     slope = s
     if plan.softcap > 0.0:
         bent = 1.0 - 2.0 / (1.0 + tl.exp2(s * (scale * (2.0 * LOG2E / plan.softcap))))  # tanh
@@ -287,7 +293,7 @@ def finish(s, scale, q, k, head, bias, plan: tl.constexpr):
 
 @triton.jit
 def keeps(seed, head, token, key, plan: tl.constexpr):
-    """Which weights dropout keeps: a function of (seed, batch and head, query, key), so that it can be replayed."""
+    """Draw which weights dropout keeps: a function of (seed, batch and head, query, key), so it can be replayed."""
     keep = head == head
     if plan.dropout > 0.0:
         draw, _, _, _ = tl.philox(seed, key + 0 * token, token + 0 * key, head + 0 * key, 0 * key + 0 * token)

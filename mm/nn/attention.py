@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from mm import spec
 from mm.kernels import attend
-from mm.kernels.problem import Bias
+from mm.kernels.options import Bias
 from mm.nn.linear import FusedLinear, Linear
 from mm.nn.moe import Route
 from mm.nn.norm import build_norm

@@ -12,7 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from mm import spec
 from mm.errors import InputError
-from mm.kernels.tiled import ROWS
+from mm.kernels.plain import ROWS
 from mm.nn.attention import AttentionInputs
 from mm.nn.block import Block
 from mm.nn.memory import Memory

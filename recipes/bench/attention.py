@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.kernels.problem import Problem
+from mm.kernels.options import AttentionOptions
 from mm.spec import CAUSAL, Buckets, Rope, Window
 
 from .attention_check import DROPPED, LONG, TOLERANCE, checks
@@ -169,14 +169,14 @@ def speed(name: str, measured: Measured, flops: float, floor: float | None, ceil
                note=failure or (None if ceiling else "no matrix product was measured"))
 
 
-def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     """The forward pass by `forward_hopper`, which nothing else chooses before it is measured."""
-    from mm.kernels.operator import arguments
+    from mm.kernels.operator import kernel_args
     from mm.kernels.triton_launch import by_token, forward_on_hopper
-    from mm.kernels.triton_plan import Call
+    from mm.kernels.triton_plan import KernelArgs
 
     def run() -> Tensor:
-        call, out = Call(*arguments(q, k, v, problem)), by_token(q, v.shape[3])
+        call, out = KernelArgs(*kernel_args(q, k, v, problem)), by_token(q, v.shape[3])
         forward_on_hopper(call, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
     return run

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from mm.kernels.reference import reference
+from mm.kernels.plain import reference
 from mm.spec import Window
 
 from .attention_questions import CHECKED, Question, weights

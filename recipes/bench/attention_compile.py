@@ -108,10 +108,10 @@ def compile_all(question: Question, dtype: torch.dtype, arch: int) -> list[Compi
 
 def binaries(question: Question, dtype: torch.dtype, arch: int) -> list[Binary]:
     from mm.kernels import triton_launch, triton_plan
-    from mm.kernels.operator import arguments
+    from mm.kernels.operator import kernel_args
 
     meta = torch.device("meta")
-    call = triton_plan.Call(*arguments(*question.tensors(meta, dtype), question.problem(meta)))
+    call = triton_plan.KernelArgs(*kernel_args(*question.tensors(meta, dtype), question.problem(meta)))
     with elsewhere(arch) as compiled, torch.no_grad():
         out, lse = triton_launch.attention(call)
         if arch == 90 and triton_plan.suits_hopper(call):

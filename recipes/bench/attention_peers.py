@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.attention.flex_attention import AuxRequest, create_block_mask, flex_attention
 
-from mm.kernels.problem import Problem
+from mm.kernels.options import AttentionOptions
 from mm.positions import rope
 from mm.positions.visibility import visible
 from mm.spec import CAUSAL, EVERYWHERE
@@ -23,7 +23,7 @@ from .attention_time import Peer, Run
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> dict[str, Peer]:
+def plain(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> dict[str, Peer]:
     """Of one plain run: SDPA as it chooses and by each fast kernel, FlexAttention, flash-attn where it is installed."""
     causal = problem.window == CAUSAL
     given = {"SDPA": Peer(lambda: partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal))}
@@ -49,13 +49,13 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
     return lambda: flash_attn_func(*heads_last, causal=causal).transpose(1, 2)
 
 
-def rotated_first(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+def rotated_first(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     """RoPE, then SDPA."""
     causal, rotation = problem.window == CAUSAL, problem.q_rope
     return lambda: F.scaled_dot_product_attention(rope.apply(q, rotation), rope.apply(k, rotation), v, is_causal=causal)
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     """SDPA with a mask that is made beforehand and not timed. Heads that share keys get copies of them, since its fast
     kernels take no mask otherwise."""
     mask = visible(problem.q_at, problem.k_at, problem.window).unsqueeze(1)
@@ -67,7 +67,7 @@ def masked(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
     return call
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, problem: Problem) -> Run:
+def flex(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     """FlexAttention compiled, for runs at 0..T-1 and packed documents, with a block mask made beforehand."""
     everyone = problem.window == EVERYWHERE and problem.q_at.document is None
     blocks = None if everyone else create_block_mask(seen(problem), None, None, q.shape[2], k.shape[2], device=q.device)
@@ -95,7 +95,7 @@ def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(call, dynamic=False)
 
 
-def seen(problem: Problem) -> Callable[..., Tensor]:
+def seen(problem: AttentionOptions) -> Callable[..., Tensor]:
     window, document = problem.window, problem.q_at.document
     document = None if document is None else document[0]
 
@@ -107,7 +107,7 @@ def seen(problem: Problem) -> Callable[..., Tensor]:
     return mask
 
 
-def score(problem: Problem) -> Callable[..., Tensor] | None:
+def score(problem: AttentionOptions) -> Callable[..., Tensor] | None:
     softcap, bias = problem.softcap, problem.bias
     if softcap:
         return lambda s, batch, head, i, j: softcap * torch.tanh(s / softcap)

@@ -8,7 +8,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from mm.kernels.problem import Bias, Problem
+from mm.kernels.options import AttentionOptions, Bias
 from mm.positions import rope
 from mm.positions.absolute import AlibiBias, BucketBias
 from mm.positions.visibility import At, along, packed
@@ -50,12 +50,13 @@ class Question:
                   (self.batch, self.kv, keys, self.value_width or self.width))
         return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
 
-    def problem(self, device: torch.device) -> Problem:
+    def problem(self, device: torch.device) -> AttentionOptions:
         q_at, k_at = self.places(device)
         rotation = None if self.rope is None else rope.rotation(q_at.position[:1], self.rope, self.width)
         sinks = torch.randn(self.heads, device=device, requires_grad=True) if self.sinks else None
-        return Problem(q_at, k_at, self.window, self.width**-0.5, rotation, None if self.tokens == "ring" else rotation,
-                       self.biased(device), sinks, self.softcap, self.dropout)
+        return AttentionOptions(q_at, k_at, self.window, self.width**-0.5, rotation,
+                                None if self.tokens == "ring" else rotation, self.biased(device), sinks, self.softcap,
+                                self.dropout)
 
     def places(self, device: torch.device) -> tuple[At, At]:
         keys = self.keys or self.length
@@ -82,7 +83,7 @@ class Question:
         return kind(self.bias, self.heads).to(device)
 
 
-def weights(problem: Problem) -> list[Tensor]:
+def weights(problem: AttentionOptions) -> list[Tensor]:
     """What is learned beside q, k and v."""
     return [x for x in (problem.sinks, getattr(problem.bias, "weight", None)) if x is not None]
 

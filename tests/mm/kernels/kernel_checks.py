@@ -14,9 +14,9 @@ from mm.errors import InputError
 from mm.kernels import operator
 from mm.kernels import triton_launch as run
 from mm.kernels.operator import by_kernel
-from mm.kernels.problem import Problem
-from mm.kernels.reference import reference
-from mm.kernels.triton_plan import Call, suits_hopper
+from mm.kernels.options import AttentionOptions
+from mm.kernels.plain import reference
+from mm.kernels.triton_plan import KernelArgs, suits_hopper
 from mm.nn.state import Slots
 from mm.positions import rope
 from mm.positions.absolute import AlibiBias, BucketBias, ByOffset
@@ -59,11 +59,12 @@ class Case:
         return [x for x in (self.q, self.k, self.v, self.sinks, weight) if x is not None]
 
     def kernel(self):
-        return by_kernel(self.q, self.k, self.v, Problem(sinks=self.sinks, **self.problem))
+        return by_kernel(self.q, self.k, self.v, AttentionOptions(sinks=self.sinks, **self.problem))
 
     def oracle(self):
         sinks = None if self.sinks is None else self.sinks.double()
-        return reference(self.q.double(), self.k.double(), self.v.double(), Problem(sinks=sinks, **self.problem))
+        return reference(self.q.double(), self.k.double(), self.v.double(),
+                         AttentionOptions(sinks=sinks, **self.problem))
 
     def check(self, tolerance=None):
         """Relative to the largest number of each: outputs, then gradients of everything."""
@@ -133,7 +134,7 @@ def test_tiles_out_of_reach_are_never_read():
 def test_the_forward_pass_for_hopper(features):
     """By descriptors, as one program; and the sums that it leaves for the backward pass."""
     case = Case(length=150, kv=1, width=64, dtype=torch.float16, **features)
-    call = Call(*operator.arguments(case.q, case.k, case.v, Problem(sinks=case.sinks, **case.problem)))
+    call = KernelArgs(*operator.kernel_args(case.q, case.k, case.v, AttentionOptions(sinks=case.sinks, **case.problem)))
     assert suits_hopper(call)
     with torch.no_grad():
         (_, sums), y, lse = run.attention(call), run.by_token(case.q), torch.empty(1, 2, 150)
@@ -342,7 +343,7 @@ def test_it_compiles_in_one_graph():
 def test_shapes_on_meta():
     case = Case()
     q, k, v = (x.detach().to("meta") for x in (case.q, case.k, case.v))
-    assert by_kernel(q, k, v, Problem(**case.problem)).shape == case.upstream.shape
+    assert by_kernel(q, k, v, AttentionOptions(**case.problem)).shape == case.upstream.shape
 
 
 @pytest.mark.parametrize("wrong, words", [

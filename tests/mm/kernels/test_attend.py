@@ -14,13 +14,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from mm.errors import InputError
 from mm.kernels import attend, debug, explain
-from mm.kernels.problem import Problem
-from mm.kernels.reference import reference
+from mm.kernels.options import AttentionOptions
+from mm.kernels.plain import reference
 from mm.positions import rope
 from mm.positions.visibility import At, along, packed, padded
 from mm.spec import CAUSAL, EVERYWHERE, Rope, Window
 
-tiled = import_module("mm.kernels.tiled")
+tiled = import_module("mm.kernels.plain")
 WINDOWS = [EVERYWHERE, CAUSAL, Window(left=5, right=0), Window(left=2, right=3), Window(right=2), Window(left=4),
           Window(right=0, chunk=6), Window(chunk=7)]
 
@@ -48,7 +48,7 @@ def tensors(batch, heads, kv, length, keys, width=4, value_width=4, dtype=torch.
 
 def compare(q, k, v, tolerance=1e-10, **call):
     """attend and the oracle: same output, same gradients of everything, all finite."""
-    problem = Problem(**{"window": EVERYWHERE, "scale": q.shape[-1] ** -0.5, **call})
+    problem = AttentionOptions(**{"window": EVERYWHERE, "scale": q.shape[-1] ** -0.5, **call})
     leaves = [q, k, v, *(x for x in (call.get("sinks"), getattr(call.get("bias"), "weight", None)) if x is not None)]
     outputs = []
     for y in (attend(q, k, v, **call), reference(q, k, v, problem)):
@@ -70,13 +70,13 @@ def test_the_oracle_is_torchs_attention():
     def mask(q_at, k_at):
         return bias.masked_fill(~seen, -torch.inf)
     wanted = F.scaled_dot_product_attention(q, k, v, mask(*at), scale=0.3)
-    close(reference(q, k, v, Problem(*at, EVERYWHERE, 0.3, bias=mask)), wanted, 1e-12)
+    close(reference(q, k, v, AttentionOptions(*at, EVERYWHERE, 0.3, bias=mask)), wanted, 1e-12)
 
 
 def test_the_oracles_softcap_and_sinks_written_out():
     q, k, v = tensors(1, 2, 1, 3, 5)
     at, sinks = (along(1, 3), along(1, 5)), torch.randn(2, dtype=torch.float64)
-    y = reference(q, k, v, Problem(*at, EVERYWHERE, 0.3, sinks=sinks, softcap=2.0))
+    y = reference(q, k, v, AttentionOptions(*at, EVERYWHERE, 0.3, sinks=sinks, softcap=2.0))
     for head in range(2):
         for i in range(3):
             scores = 2.0 * torch.tanh((k[0, 0] @ q[0, head, i]) * 0.3 / 2.0)
@@ -164,7 +164,7 @@ def test_precision(dtype, tolerance, extras):
     at, rotation = along(2, 30), rope.rotation(along(2, 30).position, Rope(), 16)
     rough = tensors(2, 4, 2, 30, 30, 16, 16, dtype)
     exact = [x.detach().double().requires_grad_() for x in rough]
-    wanted = reference(*exact, Problem(
+    wanted = reference(*exact, AttentionOptions(
         at, at, extras.get("window", EVERYWHERE), 0.25, rotation, rotation, softcap=extras.get("softcap", 0.0)))
     y = attend(*rough, q_at=at, k_at=at, q_rope=rotation, k_rope=rotation, **extras)
     assert y.dtype == dtype

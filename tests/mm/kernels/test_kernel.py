@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from mm.kernels import choice, explain
-from mm.kernels.operator import arguments
+from mm.kernels import dispatch, explain
+from mm.kernels.operator import kernel_args
 from mm.kernels.triton_launch import splits
-from mm.kernels.triton_plan import Call
+from mm.kernels.triton_plan import KernelArgs
 from mm.positions import rope
 from mm.positions.absolute import BucketBias
 from mm.positions.visibility import At, along
@@ -77,7 +77,7 @@ def test_decoding_fills_the_gpu_whatever_the_batch(batch, length, keys, parts):
     """Of 8 query heads to a key head: with keys in parts, with rows enough in one; 0 is the ordinary forward pass."""
     question = Question(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", window=CAUSAL)
     meta = torch.device("meta")
-    call = Call(*arguments(*question.tensors(meta, torch.bfloat16), question.problem(meta)))
+    call = KernelArgs(*kernel_args(*question.tensors(meta, torch.bfloat16), question.problem(meta)))
     assert splits(call) == parts
 
 
@@ -85,7 +85,7 @@ def test_decoding_fills_the_gpu_whatever_the_batch(batch, length, keys, parts):
 @pytest.fixture
 def on_a_gpu(monkeypatch):
     """The choice as a GPU would get it; nothing is started."""
-    monkeypatch.setattr(choice, "problem_with_kernel", choice.unsupported)
+    monkeypatch.setattr(dispatch, "problem_with_kernel", dispatch.unsupported)
 
 
 @pytest.mark.parametrize("path, length, keys, extras", [

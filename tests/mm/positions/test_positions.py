@@ -13,8 +13,8 @@ from transformers.models.whisper.modeling_whisper import sinusoids
 
 from mm import spec
 from mm.errors import InputError
-from mm.kernels.problem import Problem
-from mm.kernels.reference import reference
+from mm.kernels.options import AttentionOptions
+from mm.kernels.plain import reference
 from mm.positions import absolute as positions
 from mm.positions.visibility import along, packed
 
@@ -116,9 +116,9 @@ def test_a_bias_reaches_every_layer_of_a_stack(relative):
     net(x)
     for mixer, given, y in seen:
         q, k, v = (z.unflatten(-1, (-1, 8)).transpose(1, 2) for z in mixer.qkv(given))
-        heads = reference(q, k, v, Problem(at, at, mixer.settings.window, 8**-0.5, bias=net.bias))
+        heads = reference(q, k, v, AttentionOptions(at, at, mixer.settings.window, 8**-0.5, bias=net.bias))
         close(y, mixer.out(heads.transpose(1, 2).flatten(2)))
-        plain = reference(q, k, v, Problem(at, at, mixer.settings.window, 8**-0.5))
+        plain = reference(q, k, v, AttentionOptions(at, at, mixer.settings.window, 8**-0.5))
         assert (heads - plain).abs().max() > 0.01
 
 
