@@ -4,23 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from mm.decode.engine import check_prompt, default_eos
+from mm.decode.requests import LanguageModel, check_prompt, default_eos
 from mm.errors import InputError
 from mm.nn.memory import Memory
 from mm.nn.state import StackState
 
-if TYPE_CHECKING:
-    from mm.text.decoder import TextDecoder
-
 
 @dataclass(frozen=True, kw_only=True)
 class Beams:
-    """How many beams, and the power of its length by which a text's log-probability is divided."""
+    """Settings of beam search: the number of beams, and the power of its length by which a text's log-probability is
+    divided."""
 
     count: int = 4
     length_penalty: float = 1.0
@@ -37,7 +34,7 @@ class Found:
 
 @dataclass
 class Search:
-    """One prompt's beams: those that go on (ids, score) and those that ended, best first."""
+    """The beams of one prompt: those that go on (ids, score) and those that ended, best first."""
 
     running: list[tuple[list[int], float]]
     found: list[Found] = field(default_factory=list)
@@ -45,13 +42,13 @@ class Search:
 
 
 @torch.no_grad()
-def beam_search(model: TextDecoder, ids: Tensor | Sequence[Sequence[int]], *, beams: int = 4, max_tokens: int = 128,
+def beam_search(model: LanguageModel, ids: Tensor | Sequence[Sequence[int]], *, beams: int = 4, max_tokens: int = 128,
                 length_penalty: float = 1.0, eos: Sequence[int] | None = None, memory: Memory | None = None
                 ) -> list[Found]:
-    """The best continuation of each row of ids (B, T) or rows of any lengths, without the end token.
+    """Find the best continuation of each row of ids (B, T) or rows of any lengths, without the end token.
 
-    memory: what an encoder made for each row, for a decoder that reads one. Raises InputError for prompts that do not
-    fit.
+    memory: of an encoder, a row for each prompt, for a decoder that reads one. Raises InputError for prompts that do
+    not fit.
     """
     rows = ids.tolist() if isinstance(ids, Tensor) else [list(row) for row in ids]
     if beams < 1 or max_tokens < 1:
@@ -83,9 +80,9 @@ def beam_search(model: TextDecoder, ids: Tensor | Sequence[Sequence[int]], *, be
     return [search.found[0] for search in searches]
 
 
-def prefill(model: TextDecoder, rows: list[list[int]], room: int, memory: Memory | None
+def prefill(model: LanguageModel, rows: list[list[int]], room: int, memory: Memory | None
             ) -> tuple[StackState, Tensor]:
-    """The state after the prompts, and the logits (B, V) of each row's next token."""
+    """Read the prompts: the state after them, and the logits (B, V) of each row's next token."""
     lengths = [len(row) for row in rows]
     longest = max(lengths)
     state = model.init_state(len(rows), length=longest + room, chunk=min(longest, 256))
@@ -98,7 +95,7 @@ def prefill(model: TextDecoder, rows: list[list[int]], room: int, memory: Memory
 
 
 def candidates(logits: Tensor, searches: list[Search], beams: int, keep: int) -> list[list[tuple[float, int, int]]]:
-    """logits (B * beams, V) -> per prompt the best (score, beam, token), best first."""
+    """logits (B * beams, V) -> for each prompt the `keep` best (score, beam, token), best first."""
     vocab = logits.shape[-1]
     scores = torch.tensor([[score for _, score in search.running] for search in searches], device=logits.device)
     total = logits.float().log_softmax(-1).unflatten(0, (-1, beams)) + scores[..., None]
@@ -109,7 +106,7 @@ def candidates(logits: Tensor, searches: list[Search], beams: int, keep: int) ->
 
 def grow(search: Search, picks: list[tuple[float, int, int]], beams: int, step: int, ends: set[int], last: bool,
          length_penalty: float) -> list[tuple[int, int]]:
-    """One token more for a prompt's beams; returns (the beam it came from, token) for each that goes on.
+    """Extend a prompt's beams by one token; returns (the beam it came from, token) for each that goes on.
 
     A candidate ends by an end token or by being the last; it counts when it is among the first `beams`. A search is
     done when no running beam could beat the worst of its `beams` ended ones.

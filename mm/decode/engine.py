@@ -1,4 +1,4 @@
-"""Continuous batching: a fixed number of rows that start, stop and leave on their own, one step for all of them."""
+"""Continuous batching: a fixed number of rows that start, stop and leave independently, one step for all of them."""
 
 from __future__ import annotations
 
@@ -6,63 +6,31 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
 
+from mm.decode.requests import (
+    Cache,
+    LanguageModel,
+    Prefix,
+    Request,
+    TextStream,
+    check_prompt,
+    default_eos,
+)
 from mm.decode.sampling import GREEDY, Sampling, choose, controls
-from mm.decode.stop import TextStream
+from mm.decode.speculate import Proposer
 from mm.errors import InputError
 from mm.nn import graph
 from mm.nn.memory import Memory
 from mm.nn.state import StackState
 
-if TYPE_CHECKING:
-    from mm.decode.speculate import Proposer
-    from mm.text.decoder import TextDecoder
-
-Reason = Literal["eos", "stop", "length", "context"]
-Cache = Literal["full", "int8"]
-
-
-@dataclass(eq=False)
-class Request:
-    """A prompt on its way: `out` grows with every step, `reason` is None until it is done."""
-
-    prompt: list[int]
-    sampling: Sampling
-    stream: TextStream
-    on_text: Callable[[str], None] | None = None
-    prefix: Prefix | None = None
-    memory: Callable[[], Memory] | None = None
-    out: list[int] = field(default_factory=list)
-    reason: Reason | None = None
-
-    @property
-    def ids(self) -> list[int]:
-        return self.prompt + self.out
-
-    @property
-    def text(self) -> str:
-        return self.stream.text
-
-
-@dataclass(frozen=True)
-class Prefix:
-    """The beginning of prompts, read once: its ids and the state (one row) after them."""
-
-    ids: tuple[int, ...]
-    state: StackState
-
-    def save(self, path: str | Path) -> None:
-        self.state.save(path)
-
 
 @dataclass
 class Filling:
-    """Rows whose prompts are being read, in a state of their own: padded (n, T) of what is left of each behind at most
-    `skipped` tokens of a prefix. `hidden` holds what was made of each chunk, for a proposer."""
+    """Rows whose prompts are being read, in a state of their own. ids: (n, T) padded, the rest of each prompt behind at
+    most `skipped` tokens of a prefix, of which `done` are read. hidden: one (n, t, D) per chunk, for a proposer."""
 
     slots: list[int]
     state: StackState
@@ -74,17 +42,19 @@ class Filling:
 
 
 class Engine:
-    """Rows of a decoder: `submit` puts a prompt in line, `step` reads a chunk of waiting prompts and makes the next
-    token of every running row. length: the longest row in tokens; chunk: prompt tokens read per step, four times as
-    many while no row waits for its next one, where no layer has a window.
+    """Rows of a decoder: `submit` puts a prompt in line, `step` reads a chunk of the waiting prompts and makes the next
+    token of every running row.
 
-    eos: ids that end a text, by default the tokenizer's. speculate: a proposer of several tokens, which are verified in
-    one step; texts do not depend on it. compiled: a step is one compiled program (`mm.nn.graph`), which takes half a
-    minute at first; on a CPU, one row then takes half the time, by weights in their usual order. remembered: the
-    longest memory of a request in tokens, for a decoder that reads an encoder.
+    slots: rows at a time. length: the longest row in tokens (default: the context). chunk: prompt tokens read per step,
+    four times as many while no row waits for its next token, where no layer has a window. eos: ids that end a text, by
+    default the model's. speculate: a proposer of several tokens, which are verified in one step; texts do not depend on
+    it. cache: keys and values as they are or in 8 bits. compiled: a step is one compiled program (`mm.nn.graph`), which
+    takes half a minute at first; on a CPU, one row then takes half the time, by weights in their usual order.
+    remembered: the longest memory of a request in tokens, for a decoder that reads an encoder. Raises InputError for
+    sizes and choices that do not fit the model or each other.
     """
 
-    def __init__(self, model: TextDecoder, slots: int, length: int | None = None, chunk: int = 256, *,
+    def __init__(self, model: LanguageModel, slots: int, length: int | None = None, chunk: int = 256, *,
                  eos: Sequence[int] | None = None, speculate: Proposer | None = None,
                  cache: Cache = "full", compiled: bool = False, remembered: int = 0):
         self.length = model.spec.context if length is None else length
@@ -118,8 +88,9 @@ class Engine:
     # ------------------------------------------------------------------------------------------- requests
     def submit(self, prompt: Sequence[int], sampling: Sampling = GREEDY, *, prefix: Prefix | None = None,
                on_text: Callable[[str], None] | None = None, memory: Callable[[], Memory] | None = None) -> Request:
-        """A prompt in line for the next free row; with a `prefix` that it begins with, only the rest is read. memory:
-        gives what an encoder made for it (one row), called when the row is free."""
+        """Put a prompt in line for the next free row. prefix: its beginning, already read. on_text: called with every
+        piece of text. memory: makes the memory (one row) of an encoder, when the row is free. Raises InputError for a
+        prompt that does not fit."""
         prompt = [int(i) for i in prompt]
         check_prompt(prompt, self.length, self.vocab)
         if sampling.stop and self.model.tokenizer is None:
@@ -130,14 +101,13 @@ class Engine:
                 raise InputError(f"the prompt must begin with the prefix of {len(prefix.ids)} tokens and go on")
         if (memory is None) != (self.memory is None):
             raise InputError("an engine with room for memories needs one for every prompt, and others take none")
-        said = prompt if memory is None else ()
-        request = Request(prompt, sampling, TextStream(self.model.tokenizer, said, sampling.stop), on_text, prefix,
-                          memory)
+        stream = TextStream(self.model.tokenizer, prompt if memory is None else (), sampling.stop)
+        request = Request(prompt, sampling, stream, on_text, prefix, memory)
         self.waiting.append(request)
         return request
 
     def cancel(self, request: Request) -> None:
-        """Free its row at once; `reason` becomes "stop"."""
+        """Free the row of a request at once; its `reason` becomes "stop"."""
         if request in self.waiting:
             self.waiting.remove(request)
         elif request in self.rows:
@@ -153,7 +123,7 @@ class Engine:
         return Prefix(tuple(ids), state)
 
     def load_prefix(self, ids: Sequence[int], path: str | Path) -> Prefix:
-        """A prefix that was saved, also by another process with the same model, length and chunk."""
+        """Load a saved prefix, also one of another process with the same model, length and chunk."""
         state = self.new_state(1).load(path)
         if int(state.offset[0]) != len(ids):
             raise InputError(f"{path} holds a prefix of {int(state.offset[0])} tokens, not {len(ids)}")
@@ -188,15 +158,15 @@ class Engine:
             self.accept(i, tokens[i])
 
     def eager_step(self) -> Tensor:
-        """`plain_step` with what is known of the rows: whether all of them run, and how far they reach."""
+        """`plain_step`, told whether all rows run and how far they reach."""
         return self.plain_step(all(map(running, self.rows)), self.reach())
 
     def reach(self, more: int = 0) -> int:
-        """A bound of all positions of the running rows, with `more` tokens in each."""
+        """Bound all positions of the running rows, with `more` tokens in each."""
         return min(self.length, max(len(row.prompt) + len(row.out) for row in self.rows if running(row)) + more)
 
     def plain_step(self, all_run: bool = False, within: int | None = None) -> Tensor:
-        """One token of every row (B,): nothing read back, and by default static shapes."""
+        """Make one token of every row (B,): nothing is read back, and shapes are static by default."""
         rows = None if all_run else self.active
         hidden = self.model.hidden(self.token[:, None], state=self.state, rows=rows, memory=self.memory, within=within)
         token = choose(self.model.logits(hidden)[:, 0], self.settings, self.state.offset, self.seen)
@@ -236,7 +206,7 @@ class Engine:
 
     # ------------------------------------------------------------------------------------------- rows come and go
     def admit(self) -> None:
-        """Waiting requests take the free rows; their prompts are read in a state of their own."""
+        """Give the free rows to waiting requests, whose prompts are read in a state of their own."""
         free = [i for i, row in enumerate(self.rows) if row is None][:len(self.waiting)]
         if not free:
             return
@@ -262,7 +232,7 @@ class Engine:
         self.filling = Filling(free, state, ids, lengths, skipped)
 
     def change_settings(self) -> None:
-        """Settings and seen tokens of the rows as they are now, in new tensors."""
+        """Put settings and seen tokens of the rows into new tensors."""
         if isinstance(self.decode, graph.Compiled | graph.Replay):
             self.decode.renew()
         self.settings = controls([row.sampling if row else GREEDY for row in self.rows], self.device)
@@ -275,7 +245,7 @@ class Engine:
             self.seen = seen.to(self.device)
 
     def fill(self) -> None:
-        """One chunk of the prompts being read; rows whose prompt ends in it make their first token."""
+        """Read one chunk of the prompts; rows whose prompt ends in it make their first token."""
         work = self.filling
         calm = work.state.chunk is None and not any(map(running, self.rows))
         stop = min(work.done + (4 if calm else 1) * self.chunk, work.ids.shape[1])
@@ -295,7 +265,7 @@ class Engine:
             self.filling = None
 
     def begin(self, work: Filling, ended: list[int], hidden: Tensor) -> None:
-        """First tokens from hidden (n, D) of the rows that are read; they run from the next step on."""
+        """Make the first tokens from hidden (n, D) of the rows that are read; they run from the next step on."""
         slots = torch.tensor([work.slots[row] for row in ended], device=self.device)
         rows = torch.tensor(ended, device=self.device)
         if work.state is not self.state:
@@ -315,31 +285,11 @@ class Engine:
             self.accept(slot, [one])
 
     def accept(self, slot: int, tokens: list[int]) -> None:
-        """New tokens of a row, up to the one that ends it."""
+        """Add new tokens to a row, up to the one that ends it."""
         request = self.rows[slot]
         for token in tokens:
-            reason = self.take(request, token)
-            if reason is not None:
-                request.reason = reason
-                if reason != "stop":
-                    self.tell(request, request.stream.flush())
-                    request.reason = "stop" if request.stream.stopped else reason
+            if request.take(token, self.eos, self.length):
                 return self.leave(slot)
-
-    def take(self, request: Request, token: int) -> Reason | None:
-        if token in self.eos and request.sampling.eos:
-            return "eos"
-        request.out.append(token)
-        self.tell(request, request.stream.push(token))
-        if request.stream.stopped:
-            return "stop"
-        if len(request.out) >= request.sampling.max_tokens:
-            return "length"
-        return "context" if len(request.prompt) + len(request.out) > self.length else None
-
-    def tell(self, request: Request, piece: str) -> None:
-        if piece and request.on_text is not None:
-            request.on_text(piece)
 
     def leave(self, slot: int) -> None:
         self.rows[slot] = None
@@ -348,22 +298,3 @@ class Engine:
 
 def running(row: Request | None) -> bool:
     return row is not None and bool(row.out)
-
-
-def default_eos(model: TextDecoder) -> tuple[int, ...]:
-    """The ids that end a text by the model's generation settings (Llama 3 and Gemma 3 have several), and the
-    tokenizer's."""
-    ends = model.generation.get("eos_token_id")
-    ends = [*ends] if isinstance(ends, list) else [ends]
-    ends.append(None if model.tokenizer is None else model.tokenizer.eos_id)
-    return tuple(dict.fromkeys(end for end in ends if end is not None))
-
-
-def check_prompt(ids: Sequence[int], context: int, vocab: int) -> None:
-    """Raises InputError for a prompt that is empty, too long, or not of this vocabulary."""
-    if not len(ids):
-        raise InputError("the prompt is empty")
-    if len(ids) > context:
-        raise InputError(f"the prompt has {len(ids)} tokens, which do not fit a context of {context}")
-    if not 0 <= min(ids) <= max(ids) < vocab:
-        raise InputError(f"the prompt's ids run from {min(ids)} to {max(ids)}, the vocabulary has {vocab}")

@@ -1,4 +1,4 @@
-"""How the next token is chosen: settings per row, the same choice for a row alone or in company."""
+"""Sampling: the choice of the next token, by settings of each row, the same for a row alone or in a batch."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ MASK32 = 0xFFFFFFFF
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """One row's settings. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every token in; `stop` are
-    strings that end the text (and are left out of it); `eos` False goes on past the model's end token.
+    """The settings of one row. temperature 0 is greedy; top_k 0, top_p 1 and min_p 0 leave every token in; `stop` are
+    strings that end the text (and are left out of it); `eos` False continues past the model's end token.
 
     Raises InputError where a setting is out of range or contradicts another.
     """
@@ -56,7 +56,7 @@ GREEDY = Sampling()
 
 @dataclass
 class Controls:
-    """The settings of a batch as tensors (B,), and what any row of it needs: constants of a compiled step. most: a
+    """The settings of a batch as tensors (B,), and which features any row needs: constants of a compiled step. most: a
     power of two that no row's top_k exceeds, 0 where none has one; filtered: whether any has a top_p or a min_p."""
 
     temperature: Tensor
@@ -75,6 +75,7 @@ register(Controls, meta=("random", "most", "filtered", "penalised"))
 
 
 def controls(rows: Sequence[Sampling], device: torch.device | str | None = None) -> Controls:
+    """Put the settings of a batch into tensors."""
     def column(name: str, dtype: torch.dtype) -> Tensor:
         return torch.tensor([getattr(row, name) for row in rows], dtype=dtype).to(device)
 
@@ -89,10 +90,10 @@ def controls(rows: Sequence[Sampling], device: torch.device | str | None = None)
 
 
 def choose(logits: Tensor, settings: Controls, position: Tensor, seen: Tensor | None = None) -> Tensor:
-    """logits (B, V) -> ids (B,), without a read back to Python.
+    """Choose tokens: logits (B, V) -> ids (B,), without a read back to Python.
 
-    position: (B,) of the token to choose; randomness depends on it, the row's seed and the token alone. seen: (B, V)
-    bool, the tokens that the repetition penalty is for.
+    position: (B,) of the token to choose; randomness depends only on it, the row's seed and the token. seen: (B, V)
+    bool, the tokens to which the repetition penalty applies.
     """
     scores = logits.float()
     if settings.penalised and seen is not None:
@@ -107,27 +108,28 @@ def choose(logits: Tensor, settings: Controls, position: Tensor, seen: Tensor | 
 
 
 def penalise(scores: Tensor, penalty: Tensor, seen: Tensor) -> Tensor:
-    """Scores (B, V) of seen tokens pushed towards less likely (Keskar et al., 2019)."""
+    """Make seen tokens less likely in scores (B, V) (repetition penalty, Keskar et al., 2019)."""
     factor = penalty[:, None]
     return torch.where(seen, torch.where(scores < 0, scores * factor, scores / factor), scores)
 
 
 def keep_likely(scores: Tensor, settings: Controls) -> Tensor:
-    """(B, V) with -inf where top-k, then top-p (Holtzman et al., 2020), then min-p (Nguyen et al., 2024) leave out."""
+    """Set scores (B, V) to -inf where top-k, then top-p (Holtzman et al., 2020), then min-p (Nguyen et al., 2024) leave
+    them out."""
     if settings.most:
         scores = keep_top(scores, settings.top_k[:, None], settings.most)
     return keep_probable(scores, settings) if settings.filtered else scores
 
 
 def keep_top(scores: Tensor, k: Tensor, most: int) -> Tensor:
-    """Of each row the k (B, 1) highest, at most `most`, and those that equal the last of them; all where k is 0."""
+    """Keep the k (B, 1) highest of each row, at most `most`, and those equal to the last of them; all where k is 0."""
     best = scores.topk(min(most, scores.shape[-1])).values
     least = best.gather(-1, (k - 1).clamp(0, best.shape[-1] - 1))
     return scores.masked_fill((scores < least) & (k > 0), -torch.inf)
 
 
 def keep_probable(scores: Tensor, settings: Controls) -> Tensor:
-    """Top-p, then min-p."""
+    """Keep tokens by top-p, then by min-p."""
     ordered, order = scores.sort(-1)
     p = settings.top_p[:, None]
     unlikely = (ordered.softmax(-1).cumsum(-1) <= 1 - p) & (p < 1)
@@ -139,7 +141,7 @@ def keep_probable(scores: Tensor, settings: Controls) -> Tensor:
 
 
 def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
-    """Noise (B, V) whose argmax, added to log-probabilities, is a sample of them: a hash of (seed, position, token)."""
+    """Noise (B, V) by a hash of (seed, position, token); added to log-probabilities, its argmax is a sample of them."""
     row = scramble(scramble(seed) ^ position)
     token = torch.arange(vocab, device=seed.device) * 0x9E3779B9 & MASK32
     bits = scramble(scramble(row[:, None] ^ token) + row[:, None])
@@ -148,7 +150,7 @@ def gumbel(seed: Tensor, position: Tensor, vocab: int) -> Tensor:
 
 
 def scramble(x: Tensor) -> Tensor:
-    """Integers -> well mixed integers of 32 bits (the finaliser of MurmurHash3)."""
+    """Mix integers to 32 bits (the finaliser of MurmurHash3)."""
     x = x & MASK32
     x = (x ^ (x >> 16)) * 0x85EBCA6B & MASK32
     x = (x ^ (x >> 13)) * 0xC2B2AE35 & MASK32

@@ -1,45 +1,43 @@
-"""Guesses of the next tokens that an `Engine` verifies in one step; the text is that of plain decoding."""
+"""Speculation: guesses of the next tokens, which an `Engine` verifies in one step; the text is that of plain
+decoding."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from mm.decode.requests import LanguageModel
 from mm.decode.sampling import Controls, choose
 from mm.errors import InputError
 from mm.nn.multi_token import look_ahead
+from mm.nn.state import StackState
 from mm.positions.visibility import EMPTY, At
-
-if TYPE_CHECKING:
-    from mm.nn.state import StackState
-    from mm.text.decoder import TextDecoder
 
 
 class Proposer:
-    """Guesses `tokens` tokens a step for an engine's rows."""
+    """Guesses `tokens` tokens in every step, for the rows of an engine."""
 
     tokens: int
 
-    def start(self, model: TextDecoder, slots: int, length: int, chunk: int) -> None:
-        """Once per engine: its model and sizes. Raises InputError where they do not fit."""
+    def start(self, model: LanguageModel, slots: int, length: int, chunk: int) -> None:
+        """Take the model and sizes of an engine, once. Raises InputError where they do not fit."""
 
     def begin(self, slot: int, prompt: Sequence[int], hidden: Tensor) -> None:
-        """A row begins. hidden: (R, D) of the last R tokens of its prompt; those before are a shared prefix."""
+        """Begin a row. hidden: (R, D) of the last R tokens of its prompt; those before are a shared prefix."""
 
     def propose(self, rows: Sequence[Sequence[int] | None], settings: Controls) -> Tensor:
-        """Every step: rows of ids so far (None: idle), the last one not yet read -> guesses (B, tokens)."""
+        """Guess in every step: rows of ids so far (None: idle), the last one not yet read -> guesses (B, tokens)."""
         raise NotImplementedError
 
     def follow(self, hidden: Tensor, count: Tensor) -> None:
-        """After a step: hidden (B, tokens + 1, D) of what was read, of which the first count (B,) stay."""
+        """Take the outcome of a step: hidden (B, tokens + 1, D) of the ids read, of which the first count (B,) stay."""
 
 
 class PromptLookup(Proposer):
-    """What followed the last `longest` (or fewer) tokens when they came before (Saxena, 2023)."""
+    """Guesses the tokens that followed when the last `longest` (or fewer) tokens came before (Saxena, 2023)."""
 
     def __init__(self, tokens: int = 4, longest: int = 3):
         check_tokens(tokens)
@@ -58,13 +56,13 @@ class PromptLookup(Proposer):
 
 
 class Draft(Proposer):
-    """A smaller model of the same vocabulary guesses, with the settings and the randomness of each row."""
+    """Guesses by a smaller model of the same vocabulary, with the settings and the randomness of each row."""
 
-    def __init__(self, model: TextDecoder, tokens: int = 4):
+    def __init__(self, model: LanguageModel, tokens: int = 4):
         check_tokens(tokens)
         self.model, self.tokens = model.eval(), tokens
 
-    def start(self, model: TextDecoder, slots: int, length: int, chunk: int) -> None:
+    def start(self, model: LanguageModel, slots: int, length: int, chunk: int) -> None:
         mine, vocab = self.model.spec.embed.vocab, model.spec.embed.vocab
         if mine != vocab:
             raise InputError(f"the draft model's vocabulary has {mine} tokens, not {vocab}")
@@ -99,13 +97,14 @@ class Draft(Proposer):
 
 
 class Ahead(Proposer):
-    """The model's own heads (DeepSeek-V3) guess one token each, every head from the hidden states of the one before.
+    """Guesses by the model's own multi-token heads (DeepSeek-V3), one token each, every head from the hidden states of
+    the one before.
 
     A head that read a guess holds a wrong row when the guess was wrong. So every step reads again the last
     2 x tokens rows: the up to `tokens` - 1 that may be wrong, and the up to `tokens` + 1 that are new. After a shared
     prefix the heads see only the rest of the prompt."""
 
-    def start(self, model: TextDecoder, slots: int, length: int, chunk: int) -> None:
+    def start(self, model: LanguageModel, slots: int, length: int, chunk: int) -> None:
         self.model, self.tokens, self.length = model, len(model.ahead), length
         if not model.ahead:
             raise InputError("the model has no heads that look ahead")

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Sequence
+from typing import Literal, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from mm import spec
 from mm.checkpoint.pretrained import Pretrained
-from mm.decode.beam import Beams
-from mm.decode.engine import Cache
-from mm.decode.generate import Output, Prompts, generate, stream
+from mm.decode.generation import GenerateOptions, Output, generate, stream
+from mm.decode.requests import Prompts
 from mm.decode.sampling import GREEDY, Sampling
-from mm.decode.speculate import Proposer
 from mm.errors import InputError
 from mm.nn.embed import Embedding, LMHead
 from mm.nn.memory import Memory
@@ -108,16 +106,14 @@ class TextDecoder(Pretrained):
             return At(padded(mask).position, coords=coords)
         return along(*shape, device=device, coords=coords)
 
-    def generate(self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
-                 chunk: int = 256, speculate: Proposer | None = None, beams: Beams | None = None,
-                 cache: Cache = "full", compiled: bool = False, on_text: Callable[[int, str], None] | None = None
-                 ) -> list[Output]:
-        """What the model writes after each prompt: see `mm.decode.generate.generate`."""
-        return generate(self, prompts, sampling, slots=slots, chunk=chunk, speculate=speculate, beams=beams,
-                        cache=cache, compiled=compiled, on_text=on_text)
+    def generate(self, prompts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY,
+                 **options: Unpack[GenerateOptions]) -> list[Output]:
+        """Write a text after each prompt: see `mm.decode.generate` for the options. Raises InputError for prompts that
+        do not fit."""
+        return generate(self, prompts, sampling, **options)
 
     def stream(self, prompt: str | Sequence[int], sampling: Sampling = GREEDY) -> Iterator[str]:
-        """Pieces of text as they are written."""
+        """Yield the pieces of one text as they are written."""
         return stream(self, prompt, sampling)
 
     def check(self, ids: Tensor | None, embeddings: Tensor | None, positions: Tensor | None, documents: Tensor | None,

@@ -2,17 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from functools import partial
+from typing import Unpack
 
 import torch
 from torch import Tensor, nn
 
 from mm import spec
 from mm.checkpoint.pretrained import Pretrained
-from mm.decode.beam import Beams
-from mm.decode.engine import Cache, check_prompt
-from mm.decode.generate import Output, Prompts, generate, prompt_ids
+from mm.decode.generation import GenerateOptions, Output, generate
+from mm.decode.requests import Prompts, check_prompt, prompt_ids
 from mm.decode.sampling import GREEDY, Sampling
 from mm.errors import InputError
 from mm.nn.embed import Embedding
@@ -61,20 +61,18 @@ class Seq2Seq(Pretrained):
         return self.decoder.stack.remember(self.encode(ids, mask, documents), where(ids, mask, documents))
 
     @torch.no_grad()
-    def generate(self, texts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY, *, slots: int | None = None,
-                 beams: Beams | None = None, cache: Cache = "full",
-                 on_text: Callable[[int, str], None] | None = None) -> list[Output]:
-        """The answer to each text or row of ids: see `decode.generate`. A text gets the tokens that its tokenizer
-        puts around it. Raises InputError for texts that do not fit the model."""
+    def generate(self, texts: Prompts, sampling: Sampling | Sequence[Sampling] = GREEDY,
+                 **options: Unpack[GenerateOptions]) -> list[Output]:
+        """Answer each text or row of ids: see `mm.decode.generate` for the options. A text gets the tokens that its
+        tokenizer puts around it. Raises InputError for texts that do not fit the model."""
         rows = prompt_ids(self.decoder, texts, whole=True)
         table = self.spec.encoder.embed.positions
         for row in rows:
             check_prompt(row, table.rows if table else len(row), self.spec.encoder.embed.vocab)
         device = self.decoder.embed.tokens.weight.device
         memories = [partial(self.remember, torch.tensor([row], device=device)) for row in rows]
-        return generate(self.decoder, [list(self.spec.start)] * len(rows), sampling, slots=slots, beams=beams,
-                        cache=cache, on_text=on_text, eos=(self.spec.end,), memories=memories,
-                        remembered=max(map(len, rows)))
+        return generate(self.decoder, [list(self.spec.start)] * len(rows), sampling, eos=(self.spec.end,),
+                        memories=memories, remembered=max(map(len, rows)), **options)
 
     def check_files(self, where: str) -> None:
         vocab = self.spec.decoder.embed.vocab

@@ -16,7 +16,7 @@ from mm.errors import InputError
 from ..common.options import positive
 
 if TYPE_CHECKING:
-    from mm.decode.generate import Output
+    from mm.decode.generation import Output
     from mm.decode.speculate import Proposer
     from mm.text.decoder import TextDecoder
     from mm.text.seq2seq import Seq2Seq

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.decode.stop import TextStream as Words
+from mm.decode.requests import TextStream as Words
 from mm.spec import TextStream
 from mm.tokenizer.tokenizer import Tokenizer
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mm.decode.stop import TextStream
+from mm.decode.requests import TextStream
 
 from .dialogues import Dialogues
 from .metrics import Metrics

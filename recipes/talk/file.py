@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from mm.decode.stop import TextStream
+from mm.decode.requests import TextStream
 
 from ...codecs.framing import Framer
 from ...codecs.sound import new_sound, open_sound

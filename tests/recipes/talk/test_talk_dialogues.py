@@ -5,7 +5,7 @@ import pytest
 import talking
 from talking import FRAME, speech
 
-from mm.decode.stop import TextStream
+from mm.decode.requests import TextStream
 from mm.recipes.talk import dialogues, engine
 from mm.recipes.talk.dialogues import Dialogues
 from mm.recipes.talk.metrics import Metrics

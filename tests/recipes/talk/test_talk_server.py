@@ -12,7 +12,7 @@ import pytest
 import talking
 from talking import FRAME, Speaker, served, speech
 
-from mm.decode.stop import TextStream
+from mm.decode.requests import TextStream
 from mm.errors import InputError
 from mm.recipes.commands import talk as command
 from mm.recipes.talk import engine, protocol, session, sound
