@@ -18,8 +18,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from mm.errors import InputError
-from mm.lowbit.arrange import arrange_for_rows
-from mm.lowbit.quantize import quantize
+from mm.lowbit import arrange_for_rows, quantize
 from mm.tree import tensors
 
 from ..common.options import positive

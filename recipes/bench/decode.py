@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.lowbit.arrange import arrange, arrange_for_rows
-from mm.lowbit.quantize import quantize
+from mm.lowbit import arrange, arrange_for_rows, quantize
 from mm.text.decoder import TextDecoder
 
 from ..common.options import positive

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.errors import InputError
-from mm.lowbit.arrange import arrange
+from mm.lowbit import arrange
 from mm.speech.duplex import DuplexLM
 
 from ..commands.talk import MODEL

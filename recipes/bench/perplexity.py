@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from mm.errors import InputError
-from mm.lowbit.quantize import quantize
+from mm.lowbit import quantize
 from mm.text.decoder import TextDecoder
 from mm.tokenizer.tokenizer import Tokenizer
 

@@ -46,7 +46,7 @@ def codec(argv: list[str]) -> int:
 def load(args: argparse.Namespace) -> Mimi:
     import torch
 
-    from mm.lowbit.quantize import quantize
+    from mm.lowbit import quantize
 
     from ...codecs.mimi import Mimi
     from ..weights import shipped

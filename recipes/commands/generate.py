@@ -64,8 +64,7 @@ def load(name: str, quantized: str | None, compiled: bool = False) -> TextDecode
     """A model in float32, arranged for decoding: an encoder-decoder where the directory holds one."""
     from torch import float32
 
-    from mm.lowbit.arrange import arrange
-    from mm.lowbit.quantize import quantize
+    from mm.lowbit import arrange, quantize
     from mm.text.decoder import TextDecoder
     from mm.text.families import FAMILIES
     from mm.text.seq2seq import Seq2Seq

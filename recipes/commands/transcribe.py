@@ -52,7 +52,7 @@ def load(name: str | None, device: str | None) -> Whisper:
     """In float32, its decoder arranged for a CPU."""
     import torch
 
-    from mm.lowbit.arrange import arrange
+    from mm.lowbit import arrange
 
     from ...encoders.audio.whisper import Whisper
 

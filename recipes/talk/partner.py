@@ -76,7 +76,7 @@ class Partner:
 
     def arrange(self, rows: int) -> None:
         """On a CPU, weights in the order in which a step of so many conversations is fastest."""
-        from mm.lowbit.arrange import arrange, arrange_for_rows
+        from mm.lowbit import arrange, arrange_for_rows
         from mm.nn.linear import ONEDNN
 
         if self.device.type == "cpu" and rows == 1:

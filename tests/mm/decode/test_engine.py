@@ -12,7 +12,7 @@ from mm.decode.engine import Engine
 from mm.decode.sampling import Sampling
 from mm.decode.speculate import PromptLookup
 from mm.errors import InputError
-from mm.lowbit.quantize import quantize
+from mm.lowbit import quantize
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
 
 SPEC = DecoderSpec(embed=Embed(vocab=61), context=64, head=spec.LMHead(tied=False), stack=stack(

@@ -10,8 +10,8 @@ from gguf import quantize as gguf_quantize
 from mm import TextDecoder
 from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.lowbit.int4 import Int4Linear
-from mm.lowbit.quantize import Int8Linear, by_torchao, quantize
+from mm.lowbit import quantize
+from mm.lowbit.formats import Int4Linear, Int8Linear, by_torchao
 from mm.recipes.weights import stories260k
 
 

@@ -10,7 +10,7 @@ from transformers.models.deepseek_v3.modeling_deepseek_v3 import (
 )
 
 from mm import spec
-from mm.lowbit.quantize import quantize
+from mm.lowbit import quantize
 from mm.nn.lora import add_lora, lora_state, merge_lora
 from mm.nn.transformer import Transformer
 from mm.spec import Rope, Window

@@ -6,7 +6,7 @@ from support import close, redraw
 
 from mm import spec
 from mm.errors import InputError
-from mm.lowbit.quantize import quantize
+from mm.lowbit import quantize
 from mm.nn.grouped import by_group, by_kernel
 from mm.nn.lora import add_lora, merge_lora
 from mm.nn.mlp import Mlp

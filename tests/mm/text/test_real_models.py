@@ -11,7 +11,7 @@ from packaged import packaged
 
 from mm import TextDecoder
 from mm.decode.sampling import Sampling
-from mm.lowbit.quantize import quantize
+from mm.lowbit import quantize
 
 GOLDENS = Path(__file__).parent / "goldens"
 GREEDY = Sampling(max_tokens=64, eos=False)
