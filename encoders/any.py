@@ -1,4 +1,4 @@
-"""A checkpoint of whatever kind."""
+"""A CLIP or a ViT, whichever a checkpoint holds."""
 
 from __future__ import annotations
 
@@ -7,9 +7,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
-from mm.errors import InputError
-
-from .vision.families import FAMILIES
+from mm.checkpoint.pretrained import load
 
 if TYPE_CHECKING:
     from .clip import CLIP
@@ -18,17 +16,5 @@ if TYPE_CHECKING:
 
 def open_model(name_or_dir: str | Path, dtype: torch.dtype | None = None, device: torch.device | str | None = None, *,
                allow_pickle: bool = False) -> CLIP | ViT:
-    """The model of a directory or hub name, a CLIP or a ViT by what its files say. Raises InputError."""
-    from .clip import CLIP
-    from .vision.vit import ViT
-
-    folder = FAMILIES.resolve(name_or_dir)
-    kinds = {"clip": CLIP, "vit": ViT}
-    kind = FAMILIES.kind_of(folder)
-    if kind is None:
-        told = " or ".join(FAMILIES.names.values())
-        try:
-            FAMILIES.recognise(folder, "clip")
-        except InputError as error:
-            raise InputError(str(error).replace("no CLIP checkpoint", f"no {told} checkpoint")) from None
-    return kinds[kind].from_pretrained(folder, dtype, device, allow_pickle=allow_pickle)
+    """The model of a directory, a hub name or the name of a shipped model. Raises InputError."""
+    return load(name_or_dir, dtype, device, allow_pickle=allow_pickle, kinds=("clip", "vit"))

@@ -1,8 +1,9 @@
 """One transformer block behind text, vision and audio."""
 
-from mm.lazy import lazy
+from mm.lazy import keep_old_names, lazy
 
 __version__ = "0.1.0"
+keep_old_names()
 
 __getattr__, __dir__, __all__ = lazy(__name__, {
     "CSM": "mm.speech.csm",
@@ -12,5 +13,6 @@ __getattr__, __dir__, __all__ = lazy(__name__, {
     "Transformer": "mm.nn.transformer",
     "Seq2Seq": "mm.text.seq2seq",
     "Sampling": "mm.decode.sampling",
+    "load": "mm.checkpoint.pretrained",
     "InputError": "mm.errors",
 })

@@ -98,7 +98,7 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     return {CONFIG: config}
 
 
-HF = Family(layout="hf", config=CONFIG, weights=FILES, recognise=lambda config: config.get("model_type") == "mimi",
+HF = Family(layout="hf", config=CONFIG, weights=FILES, model_types=("mimi",),
             to_spec=to_spec, from_spec=from_spec, table=table, files=files)
-HF_HALVES = Family(layout="hf_halves", config=CONFIG, weights=FILES, recognise=lambda config: False, to_spec=to_spec,
+HF_HALVES = Family(layout="hf_halves", config=CONFIG, weights=FILES, accepts=lambda config: False, to_spec=to_spec,
                    from_spec=from_spec, files=files, table=lambda spec, names: table_of(spec, NAMES | IN_HALVES))

@@ -116,11 +116,6 @@ def table(spec: MimiSpec, names: Iterable[str]) -> Table:
     return table_of(spec, layout | older)
 
 
-def is_codec(path: Path) -> bool:
-    """Whether a file of weights holds a Mimi under Kyutai's names."""
-    return NAMES["downsample"] in checkpoint.open_files([path], False).shapes
-
-
 def read_file(path: Path) -> Opened:
     """A file on its own, which has Kyutai's keys: with the settings beside it, or the official ones and as many
     codebooks as it holds. Raises InputError for another file."""
@@ -136,8 +131,8 @@ def read_file(path: Path) -> Opened:
     return Opened(spec, weights, table(spec, weights.shapes), Extras())
 
 
-KYUTAI = Family(layout="kyutai", config=CONFIG, weights=FILES, recognise=lambda config: "mimi_name" in config,
+KYUTAI = Family(layout="kyutai", config=CONFIG, weights=FILES, accepts=lambda config: "mimi_name" in config,
                 to_spec=to_spec, from_spec=from_spec, table=table, files=files)
-KYUTAI_MEMORY = Family(layout="kyutai_memory", config=CONFIG, weights=FILES, recognise=lambda config: False,
+KYUTAI_MEMORY = Family(layout="kyutai_memory", config=CONFIG, weights=FILES, accepts=lambda config: False,
                        to_spec=to_spec, from_spec=from_spec, files=files,
                        table=lambda spec, names: table_of(spec, NAMES | IN_MEMORY))

@@ -28,6 +28,10 @@ class Backbone(nn.Module):
             self.trunk = make_trunk(settings)  # in real memory: what no file holds, such as index tables, must be right
         self.head = nn.Sequential(head_layers(settings, width(self.trunk)))
 
+    @property
+    def title(self) -> str:
+        return f"timm's {self.spec.name}"
+
     def encode(self, pixels: Tensor) -> Tensor:
         """Raises InputError for pixels that timm's model cannot serve."""
         if isinstance(pixels, Flex):

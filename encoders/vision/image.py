@@ -16,6 +16,7 @@ import torch
 from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
+from mm.checkpoint.files import Folder
 from mm.errors import InputError
 from mm.spec.schema import require, spec
 
@@ -197,7 +198,7 @@ class Preprocess:
     def from_files(cls, folder: str | Path, size: tuple[int, int] | None = None) -> Preprocess:
         """The preprocessing that a checkpoint's directory describes; where it says nothing, CLIP's for pictures of
         `size`. Raises InputError for a file that is broken or asks for something else."""
-        path, found = files.read_settings(Path(folder))
+        path, found = files.read_settings(Folder.of(folder))
         require("size" in found or size is not None, f"{folder}: no {' or '.join(files.READERS)} tells a picture size")
         try:
             return cls(**{"size": size, **found})

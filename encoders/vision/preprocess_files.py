@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from mm.checkpoint.files import Folder
 from mm.errors import InputError
 
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -28,18 +28,22 @@ HF_DEFAULTS = {"CLIP": _CLIP, "Bit": _CLIP, "Siglip": _SQUASH, "ViT": {**_SQUASH
                "DeiT": {**_SQUASH, "size": {"height": 256, "width": 256}, "do_center_crop": True, "crop_size": 224}}
 
 
-def read_settings(folder: Path) -> tuple[Path, dict[str, Any]]:
+def read_settings(folder: Folder) -> tuple[Path, dict[str, Any]]:
     """The file that describes the preprocessing, and the fields of `Preprocess` that it gives."""
     for name, reader in READERS.items():
         path = folder / name
         if path.is_file():
             try:
-                return path, reader(json.loads(path.read_text("utf-8")))
+                content = folder.json(name)
+            except InputError as error:
+                raise InputError(f"{path}: not a readable preprocessing file ({error})") from None
+            try:
+                return path, reader(content)
             except InputError as error:
                 raise InputError(f"{path}: {error}") from None
             except (ValueError, TypeError, AttributeError, KeyError) as error:
                 raise InputError(f"{path}: not a readable preprocessing file ({error})") from None
-    return folder, {}
+    return folder.path, {}
 
 
 def from_mm(content: Mapping[str, Any]) -> dict[str, Any]:

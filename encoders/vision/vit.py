@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Self
 
 import torch
 import torch.nn.functional as F
@@ -39,7 +37,7 @@ class ViT(Pretrained):
     sizes is taken wherever pixels are.
     """
 
-    kind = "vit"
+    kind, inside = "vit", {"clip": "image"}  # a CLIP checkpoint gives its image tower
 
     def __init__(self, settings: spec.ViTSpec):
         super().__init__()
@@ -149,21 +147,6 @@ class ViT(Pretrained):
         proj = self.spec.head.proj
         if self.labels and (proj is None or len(self.labels) != proj.dim):
             raise InputError(f"{where} names {len(self.labels)} labels for {proj.dim if proj else 0} classes")
-
-    @classmethod
-    def from_pretrained(cls, name_or_dir: str | Path, dtype: torch.dtype | None = None,
-                        device: torch.device | str | None = None, *, allow_pickle: bool = False) -> Self:
-        """As for every model here; a CLIP checkpoint gives its image tower."""
-        from ..clip import CLIP
-        from .families import FAMILIES
-
-        if FAMILIES.kind_of(FAMILIES.resolve(name_or_dir)) == "clip":
-            clip = CLIP.from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)
-            if not isinstance(clip.image, cls):
-                raise InputError(f"{name_or_dir}: its image tower is timm's {clip.image.spec.name}, not a ViT")
-            clip.image.preprocessing = clip.preprocessing
-            return clip.image
-        return super().from_pretrained(name_or_dir, dtype, device, allow_pickle=allow_pickle)
 
 
 def stacked(tables: Sequence[Tensor], length: int) -> Tensor:

@@ -1,19 +1,21 @@
-"""Checkpoint families: a layout on disk, its config its weights' table, and which one a folder holds."""
+"""Checkpoint families: a layout on disk, its config, its table of weights, and which of them a directory holds."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, is_dataclass
 from pathlib import Path
 from typing import Any
 
 from mm.checkpoint import files as checkpoint
-from mm.checkpoint.tables import Table
+from mm.checkpoint.files import Folder
+from mm.checkpoint.tables import IDENTITY, Table
 from mm.errors import InputError
+from mm.lazy import imported
 from mm.tokenizer.tokenizer import Tokenizer, load_tokenizer
 
 TRAINING_ONLY = frozenset({"dropout", "drop_path"})
-FEW = 2  # reasons that one error tells
+FEW = 2  # reasons that one error gives
 
 
 @dataclass(frozen=True)
@@ -39,93 +41,125 @@ class Opened:
 
 @dataclass(frozen=True, kw_only=True)
 class Family:
-    """One layout on disk. `config` is its file and `recognise` says whether its content is of this family; `weights`
-    are file names, best first; `to_spec(config, where)` and `from_spec(spec)` translate; `table(spec, names)` maps
-    weights, where names are those in the file; `files(config, extras)` are the JSON files that go beside the weights,
-    the config last; `preprocess(folder, spec)` and `labels(config)` read what `files` wrote, and
-    `complete(folder, opened)` what other files say about the model. `named(config)` are files of weights that a config
-    names itself, which count before `weights`."""
+    """One layout on disk. `config` is its file; `model_types` are what that file says under `model_type`, and where
+    that is not enough `accepts` decides by the config. `weights` are file names, best first; `to_spec(config, where)`
+    and `from_spec(spec)` translate; `table(spec, names)` maps weights, where names are those in the file;
+    `files(config, extras)` are the JSON files that go beside the weights, the config last; `preprocess(folder, spec)`
+    and `labels(config)` read what `files` wrote, and `complete(folder, opened)` adds what other files say about the
+    model. `named(config)` are files of weights that a config names itself, which count before `weights`."""
 
     layout: str
-    config: str
+    config: str = checkpoint.CONFIG
     weights: tuple[str, ...]
-    recognise: Callable[[Mapping[str, Any]], bool]
+    model_types: tuple[str, ...] = ()
+    accepts: Callable[[Mapping[str, Any]], bool] = lambda config: True
     to_spec: Callable[[Mapping[str, Any], str], Any]
     from_spec: Callable[[Any], dict[str, Any]]
     table: Callable[[Any, Iterable[str]], Table]
-    files: Callable[[dict[str, Any], Extras], dict[str, dict[str, Any]]]
-    preprocess: Callable[[Path, Any], Any] = lambda folder, spec: None
+    files: Callable[[dict[str, Any], Extras], dict[str, dict[str, Any]]] = lambda config, extras: {
+        checkpoint.CONFIG: config}
+    preprocess: Callable[[Folder, Any], Any] = lambda folder, spec: None
     labels: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
     has_text: bool = False
-    complete: Callable[[Path, Opened], Opened] = lambda folder, opened: opened
+    complete: Callable[[Folder, Opened], Opened] = lambda folder, opened: opened
     named: Callable[[Mapping[str, Any]], tuple[str, ...]] = lambda config: ()
+
+    def recognise(self, config: Mapping[str, Any]) -> bool:
+        """Whether a config is of this layout."""
+        typed = not self.model_types or config.get("model_type") in self.model_types
+        return bool(config) and typed and self.accepts(config)
+
+
+def own_family(kind: str, settings: type, **more: Any) -> Family:
+    """This package's own layout of a kind of model, whose config holds the spec; `more` are fields of the family."""
+    return Family(**{
+        "layout": "mm", "weights": (checkpoint.WEIGHTS,), "table": lambda spec, names: IDENTITY,
+        "accepts": lambda config: config.get("family") == kind,
+        "to_spec": lambda config, where: checkpoint.unpack(config, settings, where),
+        "from_spec": lambda spec: checkpoint.pack(kind, spec)} | more)
 
 
 class Families:
-    """The families of every kind of model, by kind. A directory that holds several layouts is read as the first; a
-    layout's first family that can hold a model writes it. Layouts are told apart by files, never by a name."""
+    """The families of some kinds of model. Each is a `Family`, or where one (or several) can be imported from, as
+    `module:NAME`, which happens when it is needed. A directory that holds several layouts is read as the first; a
+    layout's first family that can hold a model writes it. Layouts are told apart by files, never by a name.
 
-    def __init__(self, names: Mapping[str, str], families: Mapping[str, tuple[Family, ...]],
-                 weights: tuple[str, ...], files: Mapping[tuple[str, str], Callable[[Path], Opened]] | None = None):
-        self.names, self.families, self.weights = names, families, weights
-        self.files = files or {}  # single files that are whole models, by (kind, suffix)
+    Args:
+        names: of the kinds, for messages.
+        listed: of each kind, best first.
+        weights: patterns of the files of weights that a hub repository may have, best first.
+        files: `module:NAME` of what reads a whole model from one file (path -> `Opened`), by (kind, suffix).
+    """
 
-    def open(self, name_or_dir: str | Path, kind: str, allow_pickle: bool = False) -> Opened:
-        """The checkpoint of a directory, a hub name, or one file that is a whole model. Raises InputError."""
-        path = Path(name_or_dir).expanduser()
-        if path.is_file():
-            if (kind, path.suffix) not in self.files:
-                known = [suffix for held, suffix in self.files if held == kind]
-                hint = f", nor a {self.names[kind]} in one file ({', '.join(known)})" if known else ""
-                raise InputError(f"{path} is not a directory with a checkpoint{hint}")
-            return self.files[kind, path.suffix](path)
-        folder = self.resolve(name_or_dir)
-        family = self.recognise(folder, kind)
-        where = folder / family.config
-        config = checkpoint.read_json(where)
-        settings = family.to_spec(config, str(where))
-        names = (*family.named(config), *family.weights)
-        weights = checkpoint.open_weights(folder, names, allow_pickle=allow_pickle)
-        extras = Extras(family.preprocess(folder, settings), load_tokenizer(folder) if family.has_text else None,
-                        family.labels(config))
-        opened = Opened(settings, weights, family.table(settings, weights.shapes), extras)
-        return family.complete(folder, opened)
+    def __init__(self, names: Mapping[str, str], listed: Mapping[str, Sequence[Family | str]],
+                 weights: tuple[str, ...], files: Mapping[tuple[str, str], str] | None = None):
+        self.names, self.weights, self.files = names, weights, files or {}
+        self.held: dict[str, list[Family]] = {kind: [] for kind in listed}
+        self.types: dict[tuple[str, str], Family] = {}  # by kind and `model_type`
+        self.left = {kind: list(entries) for kind, entries in listed.items()}
 
-    def resolve(self, name_or_dir: str | Path) -> Path:
-        """The directory of a checkpoint, from the hub where it is not on disk. Raises InputError."""
-        return checkpoint.resolve(name_or_dir, self.weights)
+    def each(self, kind: str) -> Iterator[Family]:
+        """The families of a kind, imported one after the other."""
+        yield from self.held[kind]
+        while self.left[kind]:
+            yield from self.take(kind, self.left[kind].pop(0))
 
-    def kind_of(self, folder: Path) -> str | None:
+    def take(self, kind: str, entry: Family | str) -> list[Family]:
+        entry = imported(entry) if isinstance(entry, str) else entry
+        found = [entry] if isinstance(entry, Family) else list(entry)
+        self.held[kind] += found
+        for family in found:
+            for model_type in family.model_types:
+                self.types.setdefault((kind, model_type), family)
+        return found
+
+    @property
+    def families(self) -> dict[str, tuple[Family, ...]]:
+        """All of them, by kind."""
+        return {kind: tuple(self.each(kind)) for kind in self.held}
+
+    def find(self, folder: Path | Folder, kind: str) -> Family | None:
+        """The layout of a directory: by its `model_type`, or else the first family whose config it has."""
+        folder = Folder.of(folder)
+        typed = self.types.get((kind, str(folder.json(checkpoint.CONFIG).get("model_type"))))
+        if typed is not None and typed.recognise(folder.json(typed.config)):
+            return typed
+        return next((family for family in self.each(kind) if family.recognise(folder.json(family.config))), None)
+
+    def kind_of(self, folder: Path | Folder) -> str | None:
         """The kind of model that a directory holds, None where no family knows it."""
-        return next((kind for kind in self.families if self.find(folder, kind)), None)
+        folder = Folder.of(folder)
+        return next((kind for kind in self.held if self.find(folder, kind)), None)
 
-    def find(self, folder: Path, kind: str) -> Family | None:
-        for family in self.families[kind]:
-            path = folder / family.config
-            if path.is_file() and family.recognise(checkpoint.read_json(path)):
-                return family
-        return None
-
-    def recognise(self, folder: Path, kind: str) -> Family:
+    def recognise(self, folder: Path | Folder, kind: str) -> Family:
         """The layout of a directory. Raises InputError when it holds another kind of model or none."""
+        folder = Folder.of(folder)
         found = self.find(folder, kind)
-        if found is not None:
-            return found
-        known = dict.fromkeys(family.config for family in self.families[kind])
-        seen = []
-        for name in (name for name in known if (folder / name).is_file()):
-            config = checkpoint.read_json(folder / name)
-            named = config.get("model_type") or config.get("family") or config.get("architecture") or "unknown"
-            seen.append(f"{name} is of the kind {named}")
-        reason = " and ".join(seen) or f"there is no {' or '.join(known)}"
-        raise InputError(f"{folder} holds no {self.names[kind]} checkpoint: {reason}")
+        if found is None:
+            configs = {family.config: None for family in self.each(kind)}
+            raise InputError(f"{folder} holds no {self.names[kind]} checkpoint: {folder.told(tuple(configs))}")
+        return found
+
+    def open(self, place: Folder | Path, kind: str, allow_pickle: bool = False, family: Family | None = None) -> Opened:
+        """The checkpoint of a directory, or of one file that is a whole model. Raises InputError."""
+        if not isinstance(place, Folder) and place.is_file():
+            return imported(self.files[kind, place.suffix])(place)
+        folder = Folder.of(place)
+        family = family or self.recognise(folder, kind)
+        config, where = folder.json(family.config), str(folder / family.config)
+        spec = family.to_spec(config, where)
+        weights = checkpoint.open_weights(folder.path, (*family.named(config), *family.weights),
+                                          allow_pickle=allow_pickle)
+        tokenizer = load_tokenizer(folder, folder.json(checkpoint.CONFIG)) if family.has_text else None
+        extras = Extras(family.preprocess(folder, spec), tokenizer, family.labels(config))
+        return family.complete(folder, Opened(spec, weights, family.table(spec, weights.shapes), extras))
 
     def by_layout(self, kind: str, layout: str) -> tuple[Family, ...]:
         """The families of a kind that write this layout, best first. Raises InputError when there is none."""
-        layouts = dict.fromkeys(family.layout for family in self.families[kind])
+        layouts = dict.fromkeys(family.layout for family in self.each(kind))
         if layout not in layouts:
             raise InputError(f"layout should be one of {', '.join(layouts)}, not {layout!r}")
-        return tuple(family for family in self.families[kind] if family.layout == layout)
+        return tuple(family for family in self.each(kind) if family.layout == layout)
 
     def to_write(self, kind: str, layout: str, spec: Any) -> tuple[Family, dict[str, Any]]:
         """The first family of a layout that can hold a model, and its config. Raises InputError with the reasons."""

@@ -1,4 +1,4 @@
-"""Weights and configs on disk: found, read lazily, checked, and written whole or not at all."""
+"""Weights and configs on disk: read lazily, checked, and written whole or not at all."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pickle
 import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,36 +26,47 @@ from mm.spec import schema
 M = TypeVar("M", bound=nn.Module)
 S = TypeVar("S")
 CONFIG, WEIGHTS = "config.json", "model.safetensors"
-TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja")
 LINE = 64  # bytes that a processor reads from memory at once
 SHARD_BYTES = 5 * 2**30
 
 
-# -------------------------------------------------------------------------------------------- finding
-def resolve(name_or_dir: str | Path, weights: Sequence[str] = (WEIGHTS,)) -> Path:
-    """A directory on disk, or the local copy of a hub repository: its text files and the first kind of `weights`
-    (file patterns, best first) that it has. Raises InputError when there is neither."""
-    path = Path(name_or_dir).expanduser()
-    if path.is_dir():
-        return path
-    name = str(name_or_dir)
-    if path.exists() or name.count("/") > 1 or name.startswith((".", "/", "~")):
-        raise InputError(f"{name} is not a directory with a checkpoint, nor a hub name such as owner/model")
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError
-    try:
-        for pattern in weights:
-            folder = Path(snapshot_download(name, allow_patterns=[*TEXT_FILES, pattern]))
-            if any(folder.glob(pattern)):
-                break
-        return folder
-    except (OSError, HFValidationError) as error:
-        reason = str(error).strip().split("\n")[0]
-        raise InputError(f"{name} is not a directory here and could not be had from the hub ({reason}); "
-                         "give the path of a downloaded directory instead") from None
-
-
 # -------------------------------------------------------------------------------------------- reading
+@dataclass(frozen=True)
+class Folder(os.PathLike):
+    """A checkpoint's directory whose JSON files are read once each."""
+
+    path: Path
+    held: dict[str, dict[str, Any]] = field(default_factory=dict, repr=False, compare=False)
+
+    @classmethod
+    def of(cls, folder: str | os.PathLike[str]) -> Folder:
+        return folder if isinstance(folder, Folder) else cls(Path(folder))
+
+    def json(self, name: str) -> dict[str, Any]:
+        """The object in a file, empty where there is no such file. Raises InputError for a broken one."""
+        if name not in self.held:
+            self.held[name] = read_json(self.path / name) if (self.path / name).is_file() else {}
+        return self.held[name]
+
+    def told(self, names: Sequence[str]) -> str:
+        """What these configs call the model that they are of, for messages."""
+        seen = []
+        for name in (name for name in names if (self.path / name).is_file()):
+            config = self.json(name)
+            kind = config.get("model_type") or config.get("family") or config.get("architecture") or "unknown"
+            seen.append(f"{name} is of the kind {kind}")
+        return " and ".join(seen) or f"there is no {' or '.join(names)}"
+
+    def __truediv__(self, name: str) -> Path:
+        return self.path / name
+
+    def __fspath__(self) -> str:
+        return str(self.path)
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+
 @dataclass(frozen=True)
 class Weights:
     """The tensors of a checkpoint, by name; `read` loads one. `where` is the file, for messages. `dtype` is that of the

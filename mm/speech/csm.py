@@ -17,7 +17,7 @@ from mm.nn.linear import Linear
 from mm.nn.state import StackState
 from mm.nn.transformer import Transformer
 from mm.speech.depth import DepthStack, StepLinear
-from mm.speech.families.duplex import FAMILIES
+from mm.speech.families import FAMILIES
 from mm.speech.streams import NONE, CodeTables
 
 

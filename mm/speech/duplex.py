@@ -26,7 +26,7 @@ from mm.spec import schema
 from mm.speech.conditions import Conditioned, Conditions, Value
 from mm.speech.depth import DepthDecoder
 from mm.speech.dialogue import NO_HOOKS, DuplexState, Frame, Guidance, Hooks, prompt, step
-from mm.speech.families.duplex import FAMILIES
+from mm.speech.families import FAMILIES
 from mm.speech.streams import NONE, CodeTables, TextTable, aligned, delayed
 
 

@@ -10,15 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
-from mm.checkpoint.files import SHARD_BYTES
 from mm.checkpoint.pretrained import Pretrained
 from mm.errors import InputError
+from mm.lazy import imported
 from mm.nn.embed import Embedding, LMHead
 from mm.nn.linear import Linear
 from mm.nn.transformer import Transformer
 from mm.positions.visibility import At, along, packed, padded
 from mm.text.families import FAMILIES
-from mm.text.families.sentence import write_modules
 
 
 class TextEncoder(Pretrained):
@@ -97,10 +96,9 @@ class TextEncoder(Pretrained):
         if self.tokenizer is not None:
             self.tokenizer.check_fits(self.spec.embed.vocab, where)
 
-    def save_pretrained(self, folder: str | Path, layout: str = "mm", *, shard_bytes: int = SHARD_BYTES) -> None:
-        super().save_pretrained(folder, layout, shard_bytes=shard_bytes)
+    def write_beside(self, folder: Path, layout: str) -> None:
         if layout == "hf" and self.spec.pooling is not None:
-            write_modules(Path(folder), self.spec)
+            imported("mm.text.families.sentence:write_modules")(folder, self.spec)
 
     def check(self, ids: Tensor, mask: Tensor | None, types: Tensor | None, documents: Tensor | None) -> None:
         if ids.ndim != 2 or ids.is_floating_point() or ids.dtype == torch.bool:

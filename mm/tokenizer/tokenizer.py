@@ -225,17 +225,18 @@ def _byte_pairs(merges: Sequence[tuple[str, str]], pad_id: int | None = None) ->
                      pad_id=eos if pad_id is None else pad_id, settings=settings | {"bos_token": BOS})
 
 
-def load_tokenizer(folder: str | Path) -> Tokenizer | None:
-    """The tokenizer of a checkpoint's directory, or None where it has none.
+def load_tokenizer(folder: str | os.PathLike[str], config: Mapping[str, Any] | None = None) -> Tokenizer | None:
+    """The tokenizer of a checkpoint's directory, or None where it has none; `config` is the content of its config.json
+    where that was read before.
 
     It comes from open_clip_config.json (where it means CLIP's own), tokenizer.json, vocab.json with merges.txt, or a
     sentencepiece model, and tokenizer_config.json. Raises InputError that names a file which is broken.
     """
     with _reading(Path(folder)):
-        return _load(Path(folder))
+        return _load(Path(folder), config)
 
 
-def _load(folder: Path) -> Tokenizer | None:
+def _load(folder: Path, config: Mapping[str, Any] | None) -> Tokenizer | None:
     settings = _json(folder / "special_tokens_map.json") | _json(folder / "tokenizer_config.json")
     if (template := folder / "chat_template.jinja").is_file():  # where transformers 5 writes it
         settings["chat_template"] = template.read_text("utf-8")
@@ -244,7 +245,7 @@ def _load(folder: Path) -> Tokenizer | None:
         if not text.get("hf_tokenizer_name"):
             return clip_tokenizer() if text.get("vocab_size", CLIP_VOCABULARY) >= CLIP_VOCABULARY else None
         settings.setdefault("clean", text.get("tokenizer_kwargs", {}).get("clean", "whitespace"))
-    if settings.get("do_lower_case", True) and (cleaning := _siglip_cleaning(folder, settings)):
+    if settings.get("do_lower_case", True) and (cleaning := _siglip_cleaning(folder, settings, config)):
         settings.setdefault("clean", cleaning)
     pieces = _pieces(folder, settings)
     if pieces is None:
@@ -258,12 +259,13 @@ def _load(folder: Path) -> Tokenizer | None:
                      bos_id=bos, eos_id=eos, pad_id=padding, settings=settings)
 
 
-def _siglip_cleaning(folder: Path, settings: Mapping[str, Any]) -> str | None:
+def _siglip_cleaning(folder: Path, settings: Mapping[str, Any], config: Mapping[str, Any] | None) -> str | None:
     """SigLIP's texts are bare of punctuation, those of SigLIP 2 only lower-cased, also where its files name Gemma's
     tokenizer, which does not do that."""
     kind = settings.get("tokenizer_class", "").removesuffix("Fast")
-    if kind == "GemmaTokenizer" and _json(folder / "config.json").get("model_type") in ("siglip", "siglip2"):
-        return "lowercase"
+    if kind == "GemmaTokenizer":
+        config = _json(folder / "config.json") if config is None else config
+        return "lowercase" if config.get("model_type") in ("siglip", "siglip2") else None
     return {"SiglipTokenizer": "bare", "Siglip2Tokenizer": "lowercase"}.get(kind)
 
 

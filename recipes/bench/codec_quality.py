@@ -66,10 +66,9 @@ class Clip:
 
 def measure(args: argparse.Namespace) -> list[Case]:
     from ...codecs.mimi import Mimi
-    from ..weights import shipped
 
     needed()
-    model = Mimi.from_pretrained(shipped(args.model), dtype=torch.float32)
+    model = Mimi.from_pretrained(args.model, dtype=torch.float32)
     count = args.codebooks or model.spec.quantizer.codebooks
     clips = [clip for folder in args.folders for clip in chosen(folder, args.speakers, args.clips)]
     judge = Judge(model.spec.rate, args.whisper if any(clip.text for clip in clips) else None)

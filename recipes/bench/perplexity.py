@@ -12,13 +12,13 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
+from mm.checkpoint.door import packaged
 from mm.errors import InputError
 from mm.lowbit import quantize
 from mm.text.decoder import TextDecoder
 from mm.tokenizer.tokenizer import Tokenizer
 
 from ..common.options import positive
-from ..common.packaged import packaged
 from ..common.progress import Bar
 from ..data.corpus import open_corpus
 from .report import Case, report

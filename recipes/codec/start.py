@@ -10,7 +10,6 @@ from mm.spec.schema import require
 from ...codecs.conv import Conv, ConvTranspose
 from ...codecs.mimi import Mimi
 from ...codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
-from ..weights import shipped
 from .settings import CodecJob, CodecShape
 from .teacher import Teacher, teacher
 
@@ -21,7 +20,7 @@ def starting_model(job: CodecJob) -> Mimi:
     """The codec to go on from, in float32, or a new one with the same weights for the same seed."""
     torch.manual_seed(job.trainer.seed)
     if job.model:
-        return Mimi.from_pretrained(shipped(job.model), dtype=torch.float32)
+        return Mimi.from_pretrained(job.model, dtype=torch.float32)
     codec = Mimi(new_spec(job.shape))
     draw(codec)
     return codec

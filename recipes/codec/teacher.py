@@ -9,11 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.checkpoint import files as checkpoint
 from mm.checkpoint.files import read_json, replacing, write_json
+from mm.checkpoint.pretrained import load
 from mm.errors import InputError
 
-from ...encoders.audio.families.hubert import FAMILIES as HUBERT
 from ...encoders.audio.hubert import Hubert
 from ...encoders.audio.logmel import RATE, log_mel
 from ...encoders.audio.whisper import Whisper
@@ -27,9 +26,8 @@ LEAST = 1e-4
 class WhisperTeacher:
     """A Whisper's encoder over windows of 30 s."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        model = Whisper.from_pretrained(name, dtype=torch.float32, device=device)
-        self.encoder, self.device = model.encoder, device
+    def __init__(self, model: Whisper, name: str) -> None:
+        self.encoder, self.device = model.encoder, model.decoder.embed.tokens.weight.device
         self.bins, self.width = model.spec.mels, model.spec.encoder.dim
         self.name = f"{name} {model.fingerprint()}"
 
@@ -42,8 +40,8 @@ class WhisperTeacher:
 class HubertTeacher:
     """A HuBERT over the same windows."""
 
-    def __init__(self, name: str, device: torch.device) -> None:
-        self.model, self.device = Hubert.from_pretrained(name, dtype=torch.float32, device=device), device
+    def __init__(self, model: Hubert, name: str) -> None:
+        self.model, self.device = model, next(model.parameters()).device
         self.width, self.name = self.model.spec.stack.dim, f"{name} {self.model.fingerprint()}"
 
     @torch.inference_mode()
@@ -58,10 +56,8 @@ Teacher = WhisperTeacher | HubertTeacher
 
 def teacher(name: str, device: torch.device) -> Teacher:
     """The teacher that a name means, by what its files say. Raises InputError."""
-    path = Path(name).expanduser()
-    if path.is_file() or HUBERT.kind_of(checkpoint.resolve(name, HUBERT.weights)) is None:
-        return WhisperTeacher(name, device)
-    return HubertTeacher(name, device)
+    model = load(name, torch.float32, device, kinds=("hubert", "whisper"))
+    return {"hubert": HubertTeacher, "whisper": WhisperTeacher}[model.kind](model, name)
 
 
 def lessons(teacher: Teacher, held: Store, to: Path) -> np.ndarray:

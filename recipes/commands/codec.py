@@ -49,9 +49,8 @@ def load(args: argparse.Namespace) -> Mimi:
     from mm.lowbit import quantize
 
     from ...codecs.mimi import Mimi
-    from ..weights import shipped
 
-    model = Mimi.from_pretrained(shipped(args.model), dtype=torch.float32, device=choose_device(args.device))
+    model = Mimi.from_pretrained(args.model, dtype=torch.float32, device=choose_device(args.device))
     args.weights = model.fingerprint()
     if args.int8:
         for stack in (model.encoder_stack, model.decoder_stack):

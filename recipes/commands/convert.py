@@ -12,9 +12,6 @@ from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
-from ..common.models import is_language, open_any, speaks
-from ..weights import shipped
-
 if TYPE_CHECKING:
     from torch import Tensor
 
@@ -23,7 +20,7 @@ if TYPE_CHECKING:
 
 SHARD_BYTES = 5 * 2**30
 OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states", "duplex": "logits", "csm": "logits",
-           "mimi": "latents and waves"}
+           "mimi": "latents and waves", "whisper": "logits"}
 LAYOUTS = ("hf", "open_clip", "timm", "kyutai", "mm", "hf_halves", "kyutai_memory")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
@@ -66,18 +63,19 @@ def rewrite(source: str, target: Path, layout: str, *, force: bool = False, allo
     """
     target = Path(os.path.abspath(target.expanduser()))
     check_target(source, target, force)
-    where = shipped(source)
-    model = open_any(where, allow_pickle=allow_pickle)
+    from mm.checkpoint.pretrained import load
+
+    model = load(source, allow_pickle=allow_pickle)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{target.name}.", dir=target.parent) as room:
             fresh, old = Path(room) / "new", Path(room) / "old"
             model.save_pretrained(fresh, layout=layout, shard_bytes=shard_bytes)
-            again = open_any(fresh)
+            again = load(fresh)
             told = compare(model, again, layout)
             notes = differences(model, again)
             if model.kind == "duplex":
-                notes += carry_codec(where, model, fresh, layout)
+                notes += carry_codec(model, fresh, layout)
             if target.exists():
                 os.rename(target, old)
             os.rename(fresh, target)
@@ -106,14 +104,13 @@ def holds_codec(folder: Path) -> bool:
     return folder.name == CODEC and (folder / CONFIGS[0]).is_file()
 
 
-def carry_codec(source: str | Path, model: DuplexLM, target: Path, layout: str) -> list[str]:
+def carry_codec(model: DuplexLM, target: Path, layout: str) -> list[str]:
     """Keeps the codec of the source's directory, ours or Kyutai's, beside the model in `target`, and says what others
     will not find."""
     from ...codecs.mimi import Mimi
     from ..talk.codec_of import CODEC, Note, kyutais
 
-    path, note = Path(source).expanduser(), Note.of(model)
-    home = path.parent if path.is_file() else path
+    home, note = model.origin.folder, Note.of(model)
     ours, theirs = home / CODEC, kyutais(home)
     if theirs is not None and layout == "kyutai" and not ours.is_dir():
         copy_files(home, target, theirs.name, model.generation.get("mimi_config_name"))
@@ -170,9 +167,9 @@ def outputs(model: Pretrained) -> tuple[Tensor, ...]:
     spec = model.spec
     if model.kind == "seq2seq":
         return (model(*[ids(spec.decoder.embed.vocab, 24)] * 2),)
-    if is_language(model):
+    if model.kind in ("decoder", "encoder"):
         return (model(ids(spec.embed.vocab, min(spec.context, 64))),)
-    if speaks(model):
+    if model.kind in ("duplex", "csm"):
         streams = spec.codebooks if model.kind == "duplex" else spec.depth.codebooks
         codes = torch.cat([ids(spec.text.vocab if model.kind == "duplex" else spec.text_vocab, 16).unsqueeze(1),
                            ids(spec.card, 16 * streams).view(1, streams, 16)], 1)
@@ -181,6 +178,11 @@ def outputs(model: Pretrained) -> tuple[Tensor, ...]:
     if model.kind == "mimi":
         wave = torch.randn(1, spec.seanet.channels, 4 * spec.frame, generator=draw)
         return model.latents(wave), model.decode(ids(spec.quantizer.size, spec.quantizer.codebooks).unsqueeze(-1))
+    if model.kind == "whisper":
+        mel = torch.randn(1, spec.mels, 2 * spec.frames, generator=draw)
+        return (model(mel, ids(spec.decoder.embed.vocab, 16)),)
+    if model.kind == "hubert":
+        return (model(torch.randn(1, 16000, generator=draw)),)
     image = spec if model.kind == "vit" else spec.image
     pixels = torch.randn(1, image.channels, *image.image, generator=draw)
     return (model.encode(pixels),) if model.kind == "vit" else model(pixels, ids(spec.text.vocab, spec.text.context))

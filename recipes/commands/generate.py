@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
@@ -64,20 +63,14 @@ def load(name: str, quantized: str | None, compiled: bool = False) -> TextDecode
     """A model in float32, arranged for decoding: an encoder-decoder where the directory holds one."""
     from torch import float32
 
+    from mm.checkpoint.pretrained import load as opened
     from mm.lowbit import arrange, quantize
-    from mm.text.decoder import TextDecoder
-    from mm.text.families import FAMILIES
-    from mm.text.seq2seq import Seq2Seq
 
-    from ..weights import SHIPPED
-    place = SHIPPED[name]() if name in SHIPPED else name
-    place = place if Path(place).expanduser().is_file() else FAMILIES.resolve(place)
-    kind = Seq2Seq if Path(place).is_dir() and FAMILIES.kind_of(Path(place)) == Seq2Seq.kind else TextDecoder
-    model = kind.from_pretrained(place, float32)
+    model = opened(name, float32, kinds=("seq2seq", "decoder"))
     if quantized:
         return quantize(model, quantized)
     if not compiled:
-        arrange(model.decoder if kind is Seq2Seq else model)
+        arrange(model.decoder if model.kind == "seq2seq" else model)
     return model
 
 

@@ -5,23 +5,19 @@ from __future__ import annotations
 import argparse
 import json
 import math
-from collections.abc import Callable
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..common.models import is_language, open_any, speaks
-from ..weights import SHIPPED
 from .info_codec import codec_facts, codec_layout, codec_sentences
 from .info_codec import count_parameters as codec_parameters
+from .info_sound import count_parameters as sound_parameters
+from .info_sound import hubert_facts, sound_sentences, whisper_facts
 from .info_speech import count_parameters as speech_parameters
 from .info_speech import speech_facts, speech_sentences
 from .info_text import count_parameters as language_parameters
 from .info_text import language_facts, language_sentences
 
 if TYPE_CHECKING:
-    from mm.checkpoint.pretrained import Pretrained
-
     from ...encoders.clip import CLIP
     from ...encoders.spec import Backbone, ViTSpec
     from ...encoders.vision.vit import ViT
@@ -40,8 +36,8 @@ def info(argv: list[str]) -> int:
                                      "memory, FLOPs per picture and text, preprocessing, tokenizer; of a language "
                                      "model its context and the memory of its cache; of a duplex model its streams; of "
                                      "a codec its rates and the memory of a stream.")
-    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, a hub name, a .gguf or llama2.c "
-                        "file")
+    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, the name of a shipped model, a "
+                        "hub name, a .gguf, llama2.c or Whisper .pt file")
     parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
     parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
     options = parser.parse_args(argv)
@@ -56,32 +52,19 @@ def info(argv: list[str]) -> int:
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
     """The facts about a checkpoint: counts, bytes, FLOPs (two per multiply-add), settings. The whole file is read, so
     that a broken one is an InputError."""
-    model = open_any(SHIPPED[name]() if name in SHIPPED else name, allow_pickle=allow_pickle)
-    count, facts = readers(model)
+    from mm.checkpoint.pretrained import load
+
+    model = load(name, allow_pickle=allow_pickle)
+    count, facts = READERS.get(model.kind, (language_parameters, language_facts))
     counts = count(model)
     total = sum(counts.values())
-    about = {"model": str(name), "family": model.families.names[model.kind], "layout": layout_of(name, model),
+    layout = model.origin.layout
+    if model.kind == "mimi":
+        layout = codec_layout(model.origin.path, "kyutai" if model.origin.path.is_file() else layout)
+    about = {"model": str(name), "family": model.families.names[model.kind], "layout": layout,
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
              "bytes": {"float32": 4 * total, "bfloat16": 2 * total}}
     return about | facts(model)
-
-
-def readers(model: Pretrained) -> tuple[Callable[[Any], dict[str, int]], Callable[[Any], dict[str, Any]]]:
-    """What counts the parameters of a model by part, and what tells the rest."""
-    if is_language(model):
-        return language_parameters, language_facts
-    if speaks(model):
-        return speech_parameters, speech_facts
-    return (codec_parameters, codec_facts) if model.kind == "mimi" else (count_parameters, tower_facts)
-
-
-def layout_of(name: str, model: Pretrained) -> str:
-    path = SHIPPED[name]() if name in SHIPPED else Path(name).expanduser()
-    if path.is_file():
-        return codec_layout(path, "kyutai") if model.kind == "mimi" else path.suffix.removeprefix(".")
-    folder = model.families.resolve(path if path.is_dir() else name)
-    layout = model.families.recognise(folder, model.kind).layout
-    return codec_layout(folder, layout) if model.kind == "mimi" else layout
 
 
 def tower_facts(model: CLIP | ViT) -> dict[str, Any]:
@@ -103,6 +86,12 @@ def count_parameters(model: CLIP | ViT) -> dict[str, int]:
         counts[PARTS[max(filter((above + name).startswith, PARTS), key=len)]] += value.numel()
     shown = {PARTS["audio"]} if model.kind == "clip" else set(counts)  # left out where there is nothing
     return {part: count for part, count in counts.items() if count or part not in shown}
+
+
+READERS = {"duplex": (speech_parameters, speech_facts), "csm": (speech_parameters, speech_facts),
+           "mimi": (codec_parameters, codec_facts), "clip": (count_parameters, tower_facts),
+           "vit": (count_parameters, tower_facts), "whisper": (sound_parameters, whisper_facts),
+           "hubert": (sound_parameters, hubert_facts)}  # by kind: what counts parameters by part, and the other facts
 
 
 def count_flops(model: CLIP | ViT) -> dict[str, int]:
@@ -158,7 +147,8 @@ def show(report: dict[str, Any]) -> None:
         column.justify = "right"
     for part, count in report["parameters"].items():
         counts.add_row(part, f"{count:,}", f"{count / report['parameters']['total']:.1%}")
-    ways = {"streams": speech_sentences, "codebooks": codec_sentences, "context": language_sentences}
+    ways = {"streams": speech_sentences, "codebooks": codec_sentences, "seconds": sound_sentences,
+            "context": language_sentences}
     told = next((ways[key] for key in ways if key in report), sentences)
     for name, sentence in (memory(report) | told(report)).items():
         facts.add_row(name, sentence)

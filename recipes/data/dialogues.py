@@ -20,7 +20,6 @@ from mm.spec import Choice, Conditioning, DuplexSpec
 from ...codecs.file import Header, Reader, Writer
 from ...codecs.sound import open_sound
 from ..common.progress import Bar
-from ..weights import shipped
 from .pool import spread
 from .sampler import generator
 from .words import MAIN, read_words, speakers, text_stream
@@ -191,7 +190,7 @@ class Codes:
         if self.codec is None:
             raise InputError("conversations of sound files need data.codec: codec_small, a Mimi directory or hub name")
         if self.model is None:
-            self.model = Mimi.from_pretrained(shipped(self.codec), dtype=torch.float32)
+            self.model = Mimi.from_pretrained(self.codec, dtype=torch.float32)
             self.fingerprint = self.model.fingerprint()
         return self.model
 

@@ -24,7 +24,6 @@ from ..talk.partner import SPEAKING
 from ..train.launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from ..train.shard import strategy
 from ..train.watch import Watch
-from ..weights import shipped
 from .data import DuplexModule
 from .exam import exam
 from .heard import hear_codes, hear_vectors
@@ -93,7 +92,7 @@ def bind(model: DuplexLM, header: Header, job: DuplexJob) -> None:
 def keep_codec(job: DuplexJob, model: DuplexLM, folder: Path) -> None:
     """Beside a model that does not name its codec, where the codec is at hand."""
     if Note.of(model).name is None and job.data.codec is not None:
-        Mimi.from_pretrained(shipped(job.data.codec)).save_pretrained(folder / CODEC)
+        Mimi.from_pretrained(job.data.codec).save_pretrained(folder / CODEC)
 
 
 def tokenizer_for(job: DuplexJob, model: DuplexLM | None) -> Tokenizer:
@@ -119,7 +118,7 @@ def sizes(job: DuplexJob, cache: Path) -> tuple[int, int, int]:
 def codec_heard(job: DuplexJob, data: DuplexModule) -> Mimi:
     """Whose vectors a new model hears. Raises InputError where there is none, or another one than of the codes."""
     require(job.data.codec is not None, "shape.hears vectors needs data.codec: codec_small, a directory or a hub name")
-    codec = data.codec or Mimi.from_pretrained(shipped(job.data.codec), dtype=torch.float32)
+    codec = data.codec or Mimi.from_pretrained(job.data.codec, dtype=torch.float32)
     require(codec.fingerprint() == data.header.weights,
             f"{job.data.path} was encoded by a codec of other weights than data.codec {job.data.codec}")
     return codec

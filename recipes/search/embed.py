@@ -47,12 +47,7 @@ class Embedder:
     @classmethod
     def load(cls, name: str | Path, device: str | None = None) -> Embedder:
         """A checkpoint by hub name or directory in float32, on the GPU if there is one. Raises InputError."""
-        import torch
-
-        from ...encoders.clip import CLIP
-
-        name = full_name(name)
-        return cls(CLIP.from_pretrained(name, torch.float32, choose_device(device)), name)
+        return cls(opened(name, device, "clip"), full_name(name))
 
     @property
     def dim(self) -> int:
@@ -98,12 +93,7 @@ class SentenceEmbedder:
     @classmethod
     def load(cls, name: str | Path, device: str | None = None) -> SentenceEmbedder:
         """As `Embedder.load`."""
-        import torch
-
-        from mm.text.encoder import TextEncoder
-
-        name = full_name(name)
-        return cls(TextEncoder.from_pretrained(name, torch.float32, choose_device(device)), name)
+        return cls(opened(name, device, "encoder"), full_name(name))
 
     @property
     def dim(self) -> int:
@@ -125,14 +115,18 @@ class SentenceEmbedder:
 
 
 def load_embedder(name: str | Path, device: str | None = None) -> Embedder | SentenceEmbedder:
-    """What makes vectors with the model of a directory or hub name. Raises InputError."""
-    return (SentenceEmbedder if is_text_encoder(name) else Embedder).load(name, device)
+    """What makes vectors with the model behind a name. Raises InputError."""
+    model = opened(name, device, "encoder", "clip")
+    return (Embedder if model.kind == "clip" else SentenceEmbedder)(model, full_name(name))
 
 
-def is_text_encoder(name: str | Path) -> bool:
-    from mm.text.families import FAMILIES
+def opened(name: str | Path, device: str | None, *kinds: str) -> Any:
+    """A model of one of these kinds in float32, on the GPU if there is one. Raises InputError."""
+    import torch
 
-    return FAMILIES.kind_of(FAMILIES.resolve(full_name(name))) == "encoder"
+    from mm.checkpoint.pretrained import load
+
+    return load(full_name(name), torch.float32, choose_device(device), kinds=kinds)
 
 
 def full_name(name: str | Path) -> str:

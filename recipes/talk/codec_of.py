@@ -6,10 +6,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from mm.checkpoint.door import SHIPPED, resolve
 from mm.errors import InputError
 
 from ...codecs.families import FAMILIES as CODECS
-from ..weights import SHIPPED, shipped
 
 if TYPE_CHECKING:
     from mm.speech.duplex import DuplexLM
@@ -63,12 +63,13 @@ class Note:
 def codec_of(name: str | Path, model: DuplexLM) -> str | Path:
     """Where the codec of a model is that was opened by this name: in its folder `codec`, as its config says, or by the
     names of Kyutai's files. Raises InputError when there is none."""
-    path, note = Path(name).expanduser(), Note.of(model)
-    folder = path.parent if path.is_file() else CODECS.resolve(name)
+    note = Note.of(model)
+    folder = resolve(name, CODECS.weights) if model.origin is None else model.origin.folder
+    folder = folder.parent if folder.is_file() else folder
     if (folder / CODEC).is_dir():
         return folder / CODEC
     if note is not None and note.name is not None:
-        return shipped(note.name)
+        return note.name
     if CODECS.kind_of(folder):
         return folder
     if (found := kyutais(folder)) is None:

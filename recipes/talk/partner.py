@@ -11,7 +11,6 @@ from mm.errors import InputError
 from mm.spec import Choice
 
 from ..common.options import choose_device
-from ..weights import shipped
 from .codec_of import Note, codec_of
 from .wishes import Wishes
 
@@ -68,9 +67,9 @@ class Partner:
         from ...codecs.mimi import Mimi
 
         place = choose_device(device)
-        where, dtype = shipped(name), torch.float32 if place.type == "cpu" else None
-        model = DuplexLM.from_pretrained(where, dtype=dtype, device=place)
-        found = shipped(codec) if codec else codec_of(where, model)
+        dtype = torch.float32 if place.type == "cpu" else None
+        model = DuplexLM.from_pretrained(name, dtype=dtype, device=place)
+        found = codec or codec_of(name, model)
         told = usual(model) | dict(told or {})
         return cls(model, Mimi.from_pretrained(found, dtype=torch.float32, device=place), str(name), told, sinks)
 

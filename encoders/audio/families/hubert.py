@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from mm.checkpoint import files as checkpoint
-from mm.checkpoint.family import Extras, Families, Family, Keys, ensure_kept
-from mm.checkpoint.tables import IDENTITY, Table, WeightTransform, rule
+from mm.checkpoint.family import Extras, Families, Family, Keys, ensure_kept, own_family
+from mm.checkpoint.tables import Table, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
 from mm.text.families.bart import NAMES as BART_NAMES
@@ -121,10 +121,7 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     return {PREPROCESS: beside, CONFIG: config}
 
 
-OWN = Family(layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), preprocess=preprocess, files=files,
-             recognise=lambda config: config.get("family") == "hubert", table=lambda spec, names: IDENTITY,
-             to_spec=lambda config, where: checkpoint.unpack(config, HubertSpec, where),
-             from_spec=lambda spec: checkpoint.pack("hubert", spec))
+OWN = own_family("hubert", HubertSpec, preprocess=preprocess, files=files)
 HF = Family(layout="hf", config=CONFIG, weights=FILES, preprocess=preprocess, files=files, table=table,
-            recognise=lambda config: config.get("model_type") == "hubert", to_spec=to_spec, from_spec=from_spec)
+            model_types=("hubert",), to_spec=to_spec, from_spec=from_spec)
 FAMILIES = Families({"hubert": "HuBERT"}, {"hubert": (OWN, HF)}, ("model*.safetensors", "pytorch_model*.bin"))

@@ -6,9 +6,8 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from mm.checkpoint import files as checkpoint
-from mm.checkpoint.family import Extras, Families, Family, Keys, ensure_kept
-from mm.checkpoint.tables import IDENTITY, Rule, Table, rule
+from mm.checkpoint.family import Extras, Families, Family, Keys, Opened, ensure_kept, own_family
+from mm.checkpoint.tables import Rule, Table, rule
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, Attention, DecoderSpec, Embed, Layer, LayerNorm, LearnedTable, Mlp, Stack
 from mm.text.families.bart import NAMES as BART_NAMES
@@ -114,6 +113,11 @@ NAMES = {
 
 
 # ------------------------------------------------------------------------------------- families
+def read_file(path: Path) -> Opened:
+    """OpenAI's file of a model. Raises InputError."""
+    return read_openai(path, spec_of, names_of)
+
+
 def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     beside = {PREPROCESS: extras.preprocess.to_hf()} if extras.preprocess else {}
     return {**beside, CONFIG: config}
@@ -123,12 +127,8 @@ def preprocess(folder: Path, spec: WhisperSpec) -> LogMel:
     return LogMel.from_files(folder, spec.mels)
 
 
-OWN = Family(layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, preprocess=preprocess,
-             files=files,
-             recognise=lambda config: config.get("family") == "whisper", table=lambda spec, names: IDENTITY,
-             to_spec=lambda config, where: checkpoint.unpack(config, WhisperSpec, where),
-             from_spec=lambda spec: checkpoint.pack("whisper", spec))
+OWN = own_family("whisper", WhisperSpec, has_text=True, preprocess=preprocess, files=files)
 HF = Family(layout="hf", config=CONFIG, weights=FILES, has_text=True, preprocess=preprocess, files=files, table=table,
-            recognise=lambda config: config.get("model_type") == "whisper", to_spec=to_spec, from_spec=from_spec)
+            model_types=("whisper",), to_spec=to_spec, from_spec=from_spec)
 FAMILIES = Families({"whisper": "Whisper"}, {"whisper": (OWN, HF)}, ("model*.safetensors", "pytorch_model*.bin"),
-                    {("whisper", ".pt"): lambda path: read_openai(path, spec_of, names_of)})
+                    {("whisper", ".pt"): "mm.encoders.audio.families.whisper:read_file"})

@@ -170,5 +170,5 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 HF_CLIP = Family(
     layout="hf", config=CONFIG, weights=FILES, has_text=True,
-    recognise=lambda config: config.get("model_type") == "clip", to_spec=to_spec, from_spec=from_spec,
+    model_types=("clip",), to_spec=to_spec, from_spec=from_spec,
     table=table, files=files)

@@ -184,5 +184,5 @@ def shared_rules(t: str, o: str) -> list[Rule]:
 
 
 HF_DINO = Family(layout="hf", config=CONFIG, weights=FILES,
-                 recognise=lambda config: config.get("model_type") in (*TITLES, V3), to_spec=to_spec,
+                 model_types=(*TITLES, V3), to_spec=to_spec,
                  from_spec=from_spec, table=table, files=files, labels=labels)

@@ -158,5 +158,5 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 HF_SIGLIP = Family(
     layout="hf", config=CONFIG, weights=FILES, has_text=True,
-    recognise=lambda config: config.get("model_type") in (FIXED, FLEX), to_spec=to_spec, from_spec=from_spec,
+    model_types=(FIXED, FLEX), to_spec=to_spec, from_spec=from_spec,
     table=table, files=files, preprocess=preprocess)

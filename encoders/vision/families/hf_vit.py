@@ -157,5 +157,5 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     return {**beside, CONFIG: named}
 
 
-HF_VIT = Family(layout="hf", config=CONFIG, weights=FILES, recognise=lambda config: config.get("model_type") in KINDS,
+HF_VIT = Family(layout="hf", config=CONFIG, weights=FILES, model_types=tuple(KINDS),
                 to_spec=to_spec, from_spec=from_spec, table=table, files=files, preprocess=preprocess, labels=labels)

@@ -259,5 +259,5 @@ def trunk_name(config: Mapping[str, Any]) -> str | None:
 
 OPEN_CLIP = Family(
     layout="open_clip", config=CONFIG, weights=FILES, has_text=True,
-    recognise=lambda config: "model_cfg" in config and not trunk_name(config),
+    accepts=lambda config: "model_cfg" in config and not trunk_name(config),
     to_spec=to_spec, from_spec=from_spec, table=table, files=files)

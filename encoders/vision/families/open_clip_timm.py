@@ -224,4 +224,4 @@ def moved(entry: Rule) -> Rule:
 
 OPEN_CLIP_TIMM = Family(
     layout="open_clip", config=CONFIG, weights=FILES, has_text=True,
-    recognise=lambda config: bool(trunk_name(config)), to_spec=to_spec, from_spec=from_spec, table=table, files=files)
+    accepts=lambda config: bool(trunk_name(config)), to_spec=to_spec, from_spec=from_spec, table=table, files=files)

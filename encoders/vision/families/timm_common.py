@@ -48,7 +48,7 @@ def timm_family(kind: Callable[[], type], to_spec: Callable[[nn.Module, str], An
                 table: Callable[[Any, Iterable[str]], Table]) -> Family:
     """The family of one of timm's classes: `kind()` is the class, `to_spec(module, where)` reads a spec off a module,
     `to_model(spec)` gives an architecture and the arguments that replace everything about it."""
-    def recognise(config: Mapping[str, Any]) -> bool:
+    def accepts(config: Mapping[str, Any]) -> bool:
         return "architecture" in config and "model_type" not in config and isinstance(
             blueprint(config, "config.json"), kind())
 
@@ -65,7 +65,7 @@ def timm_family(kind: Callable[[], type], to_spec: Callable[[nn.Module, str], An
         names = tuple(names) or tuple(blueprint(bare(*to_model(spec)), "timm").state_dict())
         return table(spec, names)
 
-    return Family(layout="timm", config=CONFIG, weights=FILES, recognise=recognise, from_spec=from_spec, table=rules,
+    return Family(layout="timm", config=CONFIG, weights=FILES, accepts=accepts, from_spec=from_spec, table=rules,
                   to_spec=lambda config, where: to_spec(blueprint(config, where), where), files=files, labels=labels)
 
 

@@ -5,12 +5,11 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
-from mm.checkpoint import files as checkpoint
+from mm.checkpoint.files import Folder
 from mm.checkpoint.tables import Rule, Table, reshaped, rule
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, RMSNorm, Rope, Stack
@@ -183,11 +182,11 @@ def pool_args(spec: ViTSpec) -> dict[str, Any]:
 
 
 # -------------------------------------------------------------------------------------- preprocessing
-def preprocess(folder: Path, spec: ViTSpec) -> FlexPreprocess:
+def preprocess(folder: Folder, spec: ViTSpec) -> FlexPreprocess:
     """As timm's own: as many patches as the picture size of the config has, at most."""
     path, patch = folder / timm_common.CONFIG, spec.patches.size[0]
     try:
-        given = preprocess_files.from_timm(checkpoint.read_json(path))
+        given = preprocess_files.from_timm(folder.json(timm_common.CONFIG))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     height, width = given.get("size", spec.image)

@@ -126,4 +126,4 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 
 HF_CSM = Family(layout="hf", config=CONFIG, weights=FILES, to_spec=to_spec, from_spec=from_spec, table=table,
-                files=files, has_text=True, recognise=lambda config: config.get("model_type") == "csm")
+                files=files, has_text=True, model_types=("csm",))

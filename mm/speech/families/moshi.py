@@ -9,7 +9,7 @@ from typing import Any
 
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Extras, Family, Keys, Opened, ensure_kept
-from mm.checkpoint.files import CONFIG, WEIGHTS
+from mm.checkpoint.files import CONFIG, WEIGHTS, Folder
 from mm.errors import InputError
 from mm.spec import (
     Attention,
@@ -293,12 +293,12 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
     return {CONFIG: kept | {"moshi_name": WEIGHTS} | config}
 
 
-def complete(folder: Path, opened: Opened) -> Opened:
+def complete(folder: Folder, opened: Opened) -> Opened:
     """int8 weights read as what they stand for, low-rank changes merged; what else the config says is kept for
     generation."""
-    config = checkpoint.read_json(folder / CONFIG)
+    config = folder.json(CONFIG)
     weights = dequantised(opened.weights)
-    weights = with_changes(folder, config, weights) if config.get("lora") else weights
+    weights = with_changes(folder.path, config, weights) if config.get("lora") else weights
     extras = replace(opened.extras, generation={name: config[name] for name in BESIDE if config.get(name)})
     return replace(opened, weights=weights, table=table(opened.spec, weights.shapes), extras=extras)
 
@@ -315,5 +315,5 @@ def read_file(path: Path) -> Opened:
 KYUTAI = Family(
     layout="kyutai", config=CONFIG, weights=(WEIGHTS, MERGED, CHANGES), to_spec=to_spec, from_spec=from_spec,
     table=table, files=files, complete=complete, has_text=True,
-    recognise=lambda config: "dep_q" in config and "n_q" in config,
+    accepts=lambda config: "dep_q" in config and "n_q" in config,
     named=lambda config: (str(config["moshi_name"]),) if config.get("moshi_name") else ())

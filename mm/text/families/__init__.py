@@ -2,44 +2,19 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-from mm.checkpoint import files as checkpoint
-from mm.checkpoint.family import Families, Family
-from mm.checkpoint.tables import IDENTITY
+from mm.checkpoint.family import Families, own_family
 from mm.spec import DecoderSpec, EncoderSpec, Seq2SeqSpec
 from mm.text.families import generation
-from mm.text.families.bart import BART
-from mm.text.families.bert import BERT_KINDS
-from mm.text.families.deepseek import DEEPSEEK_KINDS
-from mm.text.families.gemma import GEMMA_KINDS
-from mm.text.families.gguf import read_gguf
-from mm.text.families.gpt2 import GPT2
-from mm.text.families.gpt_oss import GPT_OSS
-from mm.text.families.llama import LLAMA_KINDS
-from mm.text.families.llama2c import read_llama2c
-from mm.text.families.llama4 import LLAMA4_KINDS
-from mm.text.families.modernbert import MODERNBERT
-from mm.text.families.moe import MOE_KINDS
-from mm.text.families.phi import PHI_KINDS
-from mm.text.families.t5 import T5
 
-
-def own(kind: str, settings: type, **more: Any) -> Family:
-    """This package's own layout; `more` are fields of the family."""
-    parts = {"files": lambda config, extras: {checkpoint.CONFIG: config}} | more
-    return Family(
-        layout="mm", config=checkpoint.CONFIG, weights=(checkpoint.WEIGHTS,), has_text=True, **parts,
-        recognise=lambda config: config.get("family") == kind, table=lambda spec, names: IDENTITY,
-        to_spec=lambda config, where: checkpoint.unpack(config, settings, where),
-        from_spec=lambda spec: checkpoint.pack(kind, spec))
-
-
-OWN_DECODER = own("decoder", DecoderSpec, files=generation.files, complete=generation.complete)
-SINGLE_FILES = {("decoder", ".gguf"): read_gguf, ("decoder", ".bin"): read_llama2c, ("decoder", ".data"): read_llama2c}
+HOME = "mm.text.families."
+OWN_DECODER = own_family("decoder", DecoderSpec, has_text=True, files=generation.files, complete=generation.complete)
 FAMILIES = Families({"decoder": "text decoder", "encoder": "text encoder", "seq2seq": "encoder-decoder"}, {
-    "decoder": (OWN_DECODER, *LLAMA_KINDS, *GEMMA_KINDS, *PHI_KINDS, GPT2, *MOE_KINDS, GPT_OSS, *LLAMA4_KINDS,
-                *DEEPSEEK_KINDS),
-    "encoder": (own("encoder", EncoderSpec), *BERT_KINDS, MODERNBERT),
-    "seq2seq": (own("seq2seq", Seq2SeqSpec), T5, BART),
-}, ("model*.safetensors", "pytorch_model*.bin"), SINGLE_FILES)
+    "decoder": (OWN_DECODER, *(HOME + place for place in (
+        "llama:LLAMA_KINDS", "gemma:GEMMA_KINDS", "phi:PHI_KINDS", "gpt2:GPT2", "moe:MOE_KINDS", "gpt_oss:GPT_OSS",
+        "llama4:LLAMA4_KINDS", "deepseek:DEEPSEEK_KINDS"))),
+    "encoder": (own_family("encoder", EncoderSpec, has_text=True), HOME + "bert:BERT_KINDS",
+                HOME + "modernbert:MODERNBERT"),
+    "seq2seq": (own_family("seq2seq", Seq2SeqSpec, has_text=True), HOME + "t5:T5", HOME + "bart:BART"),
+}, ("model*.safetensors", "pytorch_model*.bin"),
+    {("decoder", ".gguf"): HOME + "gguf:read_gguf", ("decoder", ".bin"): HOME + "llama2c:read_llama2c",
+     ("decoder", ".data"): HOME + "llama2c:read_llama2c"})

@@ -145,5 +145,5 @@ def projections(theirs: str, ours: str, n: Mapping[str, str], attention: Attenti
 
 
 BART = Family(layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, from_spec=from_spec,
-              table=table, recognise=lambda config: config.get("model_type") == "bart",
+              table=table, model_types=("bart",),
               files=lambda config, extras: {CONFIG: config | padding_id(extras)})

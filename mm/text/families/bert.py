@@ -171,7 +171,7 @@ def flat(rules: Iterable[list[Rule]]) -> list[Rule]:
 def family(model_type: str) -> Family:
     return Family(
         layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, complete=complete,
-        recognise=lambda config: config.get("model_type") == model_type,
+        model_types=(model_type,),
         from_spec=lambda spec: from_spec(model_type, spec),
         table=lambda spec, names: table(model_type, spec, names),
         files=lambda config, extras: {CONFIG: with_padding(config, extras.tokenizer)})

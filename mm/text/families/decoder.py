@@ -59,7 +59,7 @@ class Kind:
 def family(kind: Kind) -> Family:
     return Family(
         layout="hf", config=CONFIG, weights=FILES, has_text=True,
-        recognise=lambda config: config.get("model_type") == kind.model_type,
+        model_types=(kind.model_type,),
         to_spec=lambda config, where: to_spec(kind, config, where), from_spec=lambda spec: from_spec(kind, spec),
         table=lambda spec, names: table(kind, spec), files=generation.files, complete=generation.complete)
 
@@ -112,7 +112,7 @@ def inside(kind: Kind, model_type: str, unread: Iterable[str]) -> Family:
     def never(spec: DecoderSpec) -> dict[str, Any]:
         raise InputError(f"a text decoder is not written as the whole of a {model_type}")
 
-    return replace(family(kind), recognise=lambda config: config.get("model_type") == model_type, to_spec=spec_of,
+    return replace(family(kind), model_types=(model_type,), to_spec=spec_of,
                    from_spec=never, table=lambda spec, names: table_of(spec))
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mm.checkpoint.family import Keys, Opened
+from mm.checkpoint.files import Folder
 from mm.checkpoint.tables import Rule, fused, rule
 from mm.errors import InputError
 from mm.spec import CAUSAL, DecoderSpec, Groups, Latent, Layer, Mlp, Moe, Rope, Router, Yarn
@@ -157,7 +157,7 @@ def latent_rules(theirs: str, ours: str, mixer: Latent) -> list[Rule]:
         rule(theirs + "o_proj.{x}", ours + "out.{x}")]
 
 
-def found_heads(folder: Path, opened: Opened) -> Opened:
+def found_heads(folder: Folder, opened: Opened) -> Opened:
     """transformers writes how many heads look ahead, but not the heads: a model without them is as whole."""
     first = f"model.layers.{len(opened.spec.stack.layers)}."
     if not opened.spec.ahead or any(name.startswith(first) for name in opened.weights.shapes):

@@ -3,26 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Extras, Opened
+from mm.checkpoint.files import Folder
 from mm.errors import InputError
 
 GENERATION = "generation_config.json"
 ENDS = "eos_token_id"
 
 
-def complete(folder: Path, opened: Opened) -> Opened:
+def complete(folder: Folder, opened: Opened) -> Opened:
     """With the directory's generation settings; where there are none, with the ends that the config names. Raises
     InputError for ends that are no ids."""
     file = folder / GENERATION
+    found: dict[str, Any] = folder.json(GENERATION)
     if not file.is_file():
-        file = folder / checkpoint.CONFIG
-        found = {ENDS: checkpoint.read_json(file).get(ENDS)}
-    else:
-        found = checkpoint.read_json(file)
+        file, found = folder / checkpoint.CONFIG, {ENDS: folder.json(checkpoint.CONFIG).get(ENDS)}
     ends = found.get(ENDS)
     if ends is not None and not all(isinstance(end, int) for end in (ends if isinstance(ends, list) else [ends])):
         raise InputError(f"{file}: {ENDS} should be an id or a list of ids, not {ends!r}")

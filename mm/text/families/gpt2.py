@@ -88,5 +88,5 @@ def table(spec: DecoderSpec, names: Iterable[str]) -> Table:
 
 GPT2 = Family(
     layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, table=table, from_spec=from_spec,
-    recognise=lambda config: config.get("model_type") == "gpt2",
+    model_types=("gpt2",),
     files=generation.files, complete=generation.complete)

@@ -124,5 +124,5 @@ def layer_rules(theirs: str, ours: str, biased: bool) -> list[Rule]:
 
 MODERNBERT = Family(
     layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, table=table, from_spec=from_spec,
-    complete=complete, recognise=lambda config: config.get("model_type") == "modernbert",
+    complete=complete, model_types=("modernbert",),
     files=lambda config, extras: {CONFIG: with_padding(config, extras.tokenizer)})

@@ -9,7 +9,7 @@ from typing import Any
 
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Keys, Opened
-from mm.checkpoint.files import Weights
+from mm.checkpoint.files import Folder, Weights
 from mm.checkpoint.tables import Table, rule
 from mm.errors import InputError
 from mm.spec import Dense, EncoderSpec, SentencePooling
@@ -21,7 +21,7 @@ MODES = {"cls_token": "cls", "mean_tokens": "mean", "max_tokens": "max"}
 ACTS = {"Tanh": "tanh", "Identity": "none"}
 
 
-def complete(folder: Path, opened: Opened) -> Opened:
+def complete(folder: Folder, opened: Opened) -> Opened:
     """An encoder with the pooling that its directory describes, if any. Raises InputError for modules, poolings and
     prompts that are not known."""
     if not (folder / MODULES).is_file():
@@ -32,10 +32,10 @@ def complete(folder: Path, opened: Opened) -> Opened:
     pooling, weights, table = None, opened.weights, opened.table
     for kind, path in steps[1:]:
         if kind == "Pooling" and pooling is None:
-            pooling = SentencePooling(over=pooled_over(folder / path / "config.json"))
+            pooling = SentencePooling(over=pooled_over(folder.path / path / "config.json"))
         elif kind == "Dense" and pooling is not None and pooling.projection is None and not pooling.normalise:
-            pooling = replace(pooling, projection=projection_of(folder / path / "config.json"))
-            weights, table = with_projection(weights, table, folder / path)
+            pooling = replace(pooling, projection=projection_of(folder.path / path / "config.json"))
+            weights, table = with_projection(weights, table, folder.path / path)
         elif kind == "Normalize" and pooling is not None:
             pooling = replace(pooling, normalise=True)
         else:

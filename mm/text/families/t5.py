@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 from mm.checkpoint.family import Family, Keys, Opened, ensure_kept
+from mm.checkpoint.files import Folder
 from mm.checkpoint.tables import Rule, Table, fused, rule
 from mm.errors import InputError
 from mm.spec import (
@@ -82,7 +82,7 @@ def stack(dim: int, layer: Layer, depth: int, relative: Buckets) -> Stack:
     return Stack(dim=dim, layers=(layer,) * depth, final_norm=layer.norm, relative=relative)
 
 
-def complete(folder: Path, opened: Opened) -> Opened:
+def complete(folder: Folder, opened: Opened) -> Opened:
     """transformers 5 writes `tie_word_embeddings` true whatever the head is: a head of its own in the file counts
     where outputs are not scaled, and is a copy of the table where they are."""
     head = opened.spec.decoder.head
@@ -154,5 +154,5 @@ def cross_rules(theirs: str, ours: str, width: int) -> list[Rule]:
 
 
 T5 = Family(layout="hf", config=CONFIG, weights=FILES, has_text=True, to_spec=to_spec, from_spec=from_spec, table=table,
-            recognise=lambda config: config.get("model_type") == "t5", complete=complete,
+            model_types=("t5",), complete=complete,
             files=lambda config, extras: {CONFIG: config | padding_id(extras)})

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from mm.checkpoint import door
 from mm.checkpoint import files as checkpoint
 from mm.errors import InputError
 from mm.spec import Attention, Layer, Mlp, Stack
@@ -216,12 +217,12 @@ def test_read_json(tmp_path):
 
 
 def test_resolve(tmp_path, monkeypatch):
-    assert checkpoint.resolve(tmp_path) == tmp_path
+    assert door.resolve(tmp_path) == tmp_path
     with pytest.raises(InputError, match="is not a directory with a checkpoint"):
-        checkpoint.resolve(tmp_path / "absent")
+        door.resolve(tmp_path / "absent")
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(InputError, match="nobody/nothing is not a directory here .* give the path of a downloaded"):
-        checkpoint.resolve("nobody/nothing")
+        door.resolve("nobody/nothing")
 
 
 def test_resolve_downloads_the_best_weights_only(tmp_path, monkeypatch):
@@ -232,5 +233,5 @@ def test_resolve_downloads_the_best_weights_only(tmp_path, monkeypatch):
         (tmp_path / "pytorch_model.bin").write_bytes(b"")
         return str(tmp_path)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert checkpoint.resolve("owner/model", ["model*.safetensors", "*.bin", "*.pth"]) == tmp_path
+    assert door.resolve("owner/model", ["model*.safetensors", "*.bin", "*.pth"]) == tmp_path
     assert ["model*.safetensors" in asked[0], "*.bin" in asked[1], len(asked)] == [True, True, 2]

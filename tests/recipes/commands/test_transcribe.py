@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from mm.checkpoint import door
 from mm.encoders.audio.transcribe import Segment, Transcript
 from mm.errors import InputError
 from mm.recipes import cli
@@ -40,7 +41,7 @@ def test_text_times_and_json(heard, capsys):
 
 
 def test_without_a_model(monkeypatch, capsys):
-    monkeypatch.setattr(transcribe, "PACKAGE", "there-is-no-such-package")
+    monkeypatch.setitem(door.PACKAGED, "tiny.en", ("there-is-no-such-package", "tiny.en.pt"))
     assert cli.main(["transcribe", "a.wav"]) == 2
     assert "--model" in capsys.readouterr().err
 

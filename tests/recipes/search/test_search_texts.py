@@ -21,7 +21,7 @@ WORDS = ("cat", "dog", "boat", "tree")
 class Counter:
     """A sentence encoder whose vector counts words; it reads 12 tokens, a word each."""
 
-    pooling, dim, room = True, len(WORDS), 12
+    kind, pooling, dim, room = "encoder", True, len(WORDS), 12
     tokenizer = type("Splitter", (), {"encode": staticmethod(str.split)})
 
     def __init__(self) -> None:
@@ -60,8 +60,7 @@ def held(to):
 
 @pytest.fixture
 def run(monkeypatch, capsys):
-    monkeypatch.setattr(embed, "is_text_encoder", lambda name: True)
-    monkeypatch.setattr(SentenceEmbedder, "load", lambda name, device=None: SentenceEmbedder(Counter(), name))
+    monkeypatch.setattr(embed, "opened", lambda name, device, *kinds: Counter())
 
     def call(*argv):
         status = cli.main([str(word) for word in argv])

@@ -17,10 +17,10 @@ import talking
 import torch
 
 from mm import spec
+from mm.checkpoint import door
 from mm.codecs.spec import MimiSpec, Quantizer
 from mm.decode.sampling import Sampling
 from mm.errors import InputError
-from mm.recipes import weights
 from mm.recipes.cli import main
 from mm.recipes.commands import talk as command
 from mm.recipes.talk import capacity
@@ -149,12 +149,14 @@ def test_the_shipped_model_is_the_default(model, tmp_path, monkeypatch, capsys):
     partner.model.generation = {"codec_config": note}
     partner.model.save_pretrained(own)
     sound.save_pretrained(tmp_path / "sound")
-    monkeypatch.setitem(weights.SHIPPED, "duplex_small", lambda: own)
-    monkeypatch.setitem(weights.SHIPPED, "codec_small", lambda: tmp_path / "sound")
+    real, places = door.shipped, {"duplex_small": own, "codec_small": tmp_path / "sound"}
+    monkeypatch.setattr(door, "shipped", places.__getitem__)
     soundfile.write(tmp_path / "q.wav", talking.speech(4), 24000)
     argv = ["talk", "--file", str(tmp_path / "q.wav"), "--to", str(tmp_path / "a.wav"), "--after", "0.1"]
     assert main(argv) == 0 and soundfile.info(tmp_path / "a.wav").frames == 5 * 1920
-    monkeypatch.setitem(weights.SHIPPED, "duplex_small", lambda: weights.whole("lost", "mm train duplex"))
+    monkeypatch.setattr(door, "shipped", real)
+    monkeypatch.setattr(door, "WEIGHTS", "mm.recipes.nowhere")
+    monkeypatch.setitem(door.SHIPPED, "duplex_small", "mm train duplex")
     assert main(argv) == 2 and "train them with `mm train duplex`" in capsys.readouterr().err
 
 
