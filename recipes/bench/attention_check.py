@@ -18,6 +18,7 @@ from .report import Case
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WHAT = ("output", "dq", "dk", "dv", "weights", "weights")
 DROPPED = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
+REPEATED = replace(CHECKED["softcap and sinks"], length=1000)
 LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, window=Window(left=255, right=0))
 
 
@@ -88,8 +89,7 @@ def repeated(device: torch.device) -> float:
     """Gradients of the same call twice: their difference should be 0."""
     from mm.kernels.operator import by_kernel
 
-    question = replace(CHECKED["softcap and sinks"], length=1000)
-    qkv, problem = question.tensors(device, torch.bfloat16), question.problem(device)
+    qkv, problem = REPEATED.tensors(device, torch.bfloat16), REPEATED.problem(device)
     y = by_kernel(*qkv, problem)
     first, second = (torch.autograd.grad(y, [*qkv, problem.sinks], torch.ones_like(y), retain_graph=True)
                      for _ in range(2))

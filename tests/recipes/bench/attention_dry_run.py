@@ -38,6 +38,7 @@ def small(monkeypatch):
     shrink(monkeypatch, bench, "PLAIN", "BEYOND", "ROTATED", "DECODED")
     shrink(monkeypatch, attention_check, "CHECKED")
     monkeypatch.setattr(attention_check, "LONG", toy(attention_check.LONG))
+    monkeypatch.setattr(attention_check, "REPEATED", replace(toy(attention_check.REPEATED), length=80))
     monkeypatch.setattr(bench, "CACHES", 1)
     monkeypatch.setattr(attention_peers, "compiled", lambda call: call)
     for name in ("forward_tile", "query_tile", "key_tile"):
