@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from mm.kernels.options import AttentionOptions, ScoreOptions, check
+from mm.kernels.options import FEW, SHORT, AttentionOptions, ScoreOptions, check, unsupported
 from mm.kernels.plain import tiled
 from mm.positions import rope as rotary
 from mm.positions.rope import Rotation
@@ -17,8 +17,7 @@ from mm.positions.visibility import At, all_visible
 from mm.spec import CAUSAL, EVERYWHERE, Window
 
 TRITON = find_spec("triton") is not None
-SHORT = 1024  # tokens up to which every tile that reads keys rotates them again
-FEW, MANY = 16, 512  # queries that are few, and keys that are many
+MANY = 512  # keys over which few queries are split between programs
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor, *, q_at: At, k_at: At, window: Window = EVERYWHERE,
@@ -99,22 +98,3 @@ def problem_with_kernel(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptio
     if torch.cuda.get_device_properties(q.device).major < 8:
         return "the GPU is older than Ampere"
     return unsupported(q, k, v, options)
-
-
-def unsupported(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
-    """Say what the kernel does not support in a call, whatever the machine; None where it supports all of it."""
-    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
-        return f"the kernel takes float16, bfloat16 and float32, not {q.dtype}"
-    for name, x in (("queries", q), ("keys", k), ("values", v)):
-        if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 256:
-            return f"the kernel takes heads of 16, 24, ... 256 channels, and {name} have {x.shape[-1]}"
-    if options.window.first:
-        return "the kernel has no first positions that stay in sight"
-    if 0 in (*q.shape, *k.shape):
-        return "there is nothing to compute"
-    if options.bias is not None and not hasattr(options.bias, "by_offset"):
-        return "the kernel takes biases that are a function of distance"
-    if options.q_rope is not None and options.k_rope is not None and (
-            options.q_rope.layout, options.q_rope.cos.shape[3]) != (options.k_rope.layout, options.k_rope.cos.shape[3]):
-        return "the kernel rotates as many channels of keys as of queries, in one layout"
-    return None

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mm.errors import InputError
 from mm.kernels import triton_launch as launch
-from mm.kernels.dispatch import FEW, SHORT, unsupported
-from mm.kernels.options import AttentionOptions
+from mm.kernels.options import FEW, SHORT, AttentionOptions, unsupported
 from mm.kernels.triton_plan import KernelArgs
 from mm.positions import rope as rotary
 from mm.positions.absolute import ByOffset

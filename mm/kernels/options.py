@@ -17,6 +17,9 @@ from mm.spec import Window
 
 Bias = Callable[[At, At], Tensor]  # (q_at, k_at) -> (B or 1, H, T, S), added to the scores
 
+SHORT = 1024  # tokens up to which every tile of the kernel that reads keys rotates them again
+FEW = 16  # queries, up to which they are rotated by the kernel whatever the number of keys
+
 values_checked = False  # True inside `with debug():`
 
 
@@ -125,6 +128,25 @@ def check_rotation(name: str, rotation: Rotation, x: Tensor) -> None:
     fits = len(shape) == 4 and shape[0] in (1, b) and shape[1] in (1, h) and shape[2] == t and shape[3] <= e
     if not fits or rotation.sin.shape != rotation.cos.shape:
         raise InputError(f"attend: {name} has rotations {shape}, which do not fit tokens of shape {tuple(x.shape)}")
+
+
+def unsupported(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> str | None:
+    """Say what the kernel does not support in a call, whatever the machine; None where it supports all of it."""
+    if q.dtype not in (torch.float16, torch.bfloat16, torch.float32):
+        return f"the kernel takes float16, bfloat16 and float32, not {q.dtype}"
+    for name, x in (("queries", q), ("keys", k), ("values", v)):
+        if x.shape[-1] % 8 or not 16 <= x.shape[-1] <= 256:
+            return f"the kernel takes heads of 16, 24, ... 256 channels, and {name} have {x.shape[-1]}"
+    if options.window.first:
+        return "the kernel has no first positions that stay in sight"
+    if 0 in (*q.shape, *k.shape):
+        return "there is nothing to compute"
+    if options.bias is not None and not hasattr(options.bias, "by_offset"):
+        return "the kernel takes biases that are a function of distance"
+    if options.q_rope is not None and options.k_rope is not None and (
+            options.q_rope.layout, options.q_rope.cos.shape[3]) != (options.k_rope.layout, options.k_rope.cos.shape[3]):
+        return "the kernel rotates as many channels of keys as of queries, in one layout"
+    return None
 
 
 # ------------------------------------------------------------------------------------------------ values

@@ -65,10 +65,6 @@ def row_bytes(x: Tensor) -> int:
     return x.shape[3] * x.element_size()
 
 
-def tiles_of(count: int, size: int) -> int:
-    return -(-count // size)
-
-
 # ---------------------------------------------------------------------------------------------- forward
 def attention(args: KernelArgs) -> tuple[Tensor, Tensor]:
     """Run the forward pass that suits the call: (out (B, H, T, F), lse (B, H, T) float32 in units of log 2)."""
@@ -91,7 +87,7 @@ def attention(args: KernelArgs) -> tuple[Tensor, Tensor]:
 def over_queries(args: KernelArgs, kernel: Any, tile: Tile, *given: Any) -> None:
     """Start a kernel over tiles of packed query rows."""
     plan = plan_of(args, tile)
-    tiles = tiles_of(args.q.shape[2] * plan.group, plan.rows)
+    tiles = triton.cdiv(args.q.shape[2] * plan.group, plan.rows)
     launch(kernel, (tiles * len(args.q), args.k.shape[1]), *given, spans(args, plan, reach_keys, tiles), args.scale,
            *args.lengths, plan=plan, **tile.options)
 
@@ -100,7 +96,7 @@ def forward_on_hopper(args: KernelArgs, out: Tensor, lse: Tensor) -> None:
     tile, device = plans.HOPPER_TILE, args.q.device
     plan = plan_of(args, tile)
     triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-    grid = (tiles_of(args.q.shape[2], plan.rows) * len(out), out.shape[1])
+    grid = (triton.cdiv(args.q.shape[2], plan.rows) * len(out), out.shape[1])
     launch(forward_hopper, grid, heads(args.q), heads(args.k), heads(args.v), heads(out), lse, args.sinks, args.scale,
            *args.lengths, plan=plan, **tile.options)
 
@@ -121,8 +117,8 @@ def decode_in(pieces: int, args: KernelArgs, out: Tensor, lse: Tensor) -> None:
     batch, count, length, width = out.shape
     tile = decode_tile(args)
     plan = plan_of(args, tile)
-    run = tiles_of(tiles_of(args.k.shape[2], pieces), plan.keys) * plan.keys
-    pieces = tiles_of(args.k.shape[2], run)
+    run = triton.cdiv(triton.cdiv(args.k.shape[2], pieces), plan.keys) * plan.keys
+    pieces = triton.cdiv(args.k.shape[2], run)
     parts = lse.new_empty(batch, pieces * count, length, width)
     sums = lse.new_empty(batch, pieces * count, length)
     launch(decode, (pieces * batch, args.k.shape[1]), heads(args.q), heads(args.k), heads(args.v), heads(parts), sums,
@@ -151,7 +147,7 @@ def gradients(args: KernelArgs, grad: Tensor, out: Tensor, lse: Tensor) -> tuple
     tile = key_tile(args)
     tile = plans.fitted(tile, args, tile.keys * row, "rows", args.q_cos)
     plan = plan_of(args, tile)
-    tiles = tiles_of(args.k.shape[2], plan.keys)
+    tiles = triton.cdiv(args.k.shape[2], plan.keys)
     launch(backward_keys, (tiles * len(args.q), args.k.shape[1]), *given, heads(dk), heads(dv), lse, delta, *shared,
            spans(args, plan, reach_queries, tiles), args.scale, *args.lengths, plan=plan, **tile.options)
     return dq, dk, dv, sink_gradient(args, lse, delta), dbias

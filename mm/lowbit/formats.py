@@ -101,13 +101,12 @@ class PackedLinear(nn.Module):
         raise NotImplementedError
 
     def product(self, x: Tensor) -> Tensor:
-        """x (M, D) -> (M, E) in memory of its own."""
+        """x (..., D) -> (..., E) in memory of its own."""
         raise NotImplementedError
 
     def forward(self, x: Tensor) -> Tensor:
-        out = self.product(x.reshape(-1, self.in_features))
-        out = out if self.bias is None else out.add_(self.bias)
-        return out.view(*x.shape[:-1], self.out_features)
+        out = self.product(x)
+        return out if self.bias is None else out.add_(self.bias)
 
     def extra_repr(self) -> str:
         return f"{self.in_features} -> {self.out_features}"
@@ -141,12 +140,14 @@ class Int8Linear(PackedLinear):
         self.packed = PackedWeight(fbgemm_weight(levels, scale), len(levels))
 
     def product(self, x: Tensor) -> Tensor:
-        step = x.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(LEVELS)
-        exact = x / step
+        flat = x.reshape(-1, self.in_features)
+        step = flat.abs().amax(-1, keepdim=True).clamp_(min=1e-12).div_(LEVELS)
+        exact = flat / step
         coarse = exact.round()
         rows = torch.cat([coarse, exact.sub_(coarse).mul_(2 * LEVELS)])
-        out, count = int8_product(rows, self.packed), len(x)
-        return torch.add(out[:count], out[count:], alpha=0.5 / LEVELS).mul_(step)
+        out, count = int8_product(rows, self.packed), len(flat)
+        out = torch.add(out[:count], out[count:], alpha=0.5 / LEVELS).mul_(step)
+        return out.view(*x.shape[:-1], self.out_features)
 
 
 LEVELS = 63  # activations fill 7 bits: AVX2 adds pairs of 8-bit products in 16 bits, which 8 would overflow
@@ -189,9 +190,9 @@ class Int4Linear(PackedLinear):
         self.packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(levels.flatten(1).to(torch.int32), 1)
 
     def product(self, x: Tensor) -> Tensor:
-        flat = F.pad(x, (0, self.short)).bfloat16()
+        flat = F.pad(x.reshape(-1, self.in_features), (0, self.short)).bfloat16()
         out = torch.ops.aten._weight_int4pack_mm_for_cpu(flat, self.packed, GROUP, self.scales)
-        return out[:, : self.out_features].to(x.dtype)
+        return out[:, : self.out_features].to(x.dtype).view(*x.shape[:-1], self.out_features)
 
 
 GROUP = 32  # inputs that share a step, as in GGUF's Q4_0 and Q4_1
