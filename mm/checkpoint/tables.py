@@ -6,7 +6,7 @@ Names are patterns: `{n}` stands for a number and `{x}` for `weight` or `bias`, 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -115,8 +115,27 @@ class Table:
             out.update(zip(step.theirs, step.transform.save([state[name] for name in step.ours]), strict=True))
         return out
 
+    def rows(self, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
+        """(name in the file, names here, what happens to it) of every weight of a file, in the file's order. A weight
+        that is left out has the reason in place of names."""
+        steps, _ = self.match([name for name in names if not self.ignores(name)], "theirs")
+        of = {theirs: step for step in steps for theirs in step.theirs}
+        for name in names:
+            if (reason := self.reason(name)) is not None:
+                yield name, f"left out: {reason}", ""
+            elif name not in of:
+                yield name, "not known", ""
+            else:
+                step = of[name]
+                change = "" if step.transform is SAME else ", one of several" if len(step.theirs) > 1 else ", changed"
+                yield name, " + ".join(step.ours), change
+
+    def reason(self, name: str) -> str | None:
+        """Why a weight of a file is left out, None where it is not."""
+        return next((why for pattern, why in self.ignored.items() if re.fullmatch(compiled(pattern), name)), None)
+
     def ignores(self, name: str) -> bool:
-        return any(re.fullmatch(compiled(pattern), name) for pattern in self.ignored)
+        return self.reason(name) is not None
 
     def match(self, names: list[str], side: str) -> tuple[list[Step], list[str]]:
         """(the steps that these names start, the names that no step uses); `side` says whose names they are."""

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Iterator
+from dataclasses import dataclass
 from functools import partial
 from itertools import chain
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,7 +36,7 @@ from .attention_time import (
     timed,
     versus,
 )
-from .report import Case, report
+from .report import Bench, Case, report
 
 CAUSALLY = dict(window=CAUSAL)
 # TFLOP/s to reach on one H200, None where only told: forward, backward, and forward where warps specialise
@@ -60,13 +60,23 @@ DECODED = {f"decode, batch {batch}, context {context}, GQA 8:1": Question(
     for batch in (1, 8, 64) for context in (4096, 32768, 131072)}
 
 
-def attention(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench attention", description=__doc__)
-    parser.add_argument("--suite", choices=("full", "compile"), default="full",
-                        help="full: checks, then times on a GPU; compile: registers and spills, on any machine")
-    parser.add_argument("--arch", type=int, default=90, help="compute capability to compile for: 80, 90, 100")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Attention(Bench):
+    """The Triton kernels against PyTorch's attention on a GPU, or what they compile to.
+
+    Args:
+        suite: full: checks, then times on a GPU; compile: registers and spills, on any machine.
+        arch: compute capability to compile for: 80, 90, 100.
+    """
+
+    suite: Literal["full", "compile"] = "full"
+    arch: int = 90
+
+    def run(self) -> int:
+        return attention(self)
+
+
+def attention(args: Attention) -> int:
     if args.suite == "compile":
         return report("attention", compiled(args.arch), packages=("torch", "triton"), json_file=args.json)
     if not torch.cuda.is_available():

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.checkpoint.files import Weights, load
@@ -13,10 +14,9 @@ from mm.checkpoint.files import Weights, load
 from ...encoders.clip import CLIP
 from ...encoders.vision.families import open_clip as family
 from ..clip.loss import clip_loss
-from ..common.options import positive
 from ..train.optim import adamw
 from ..train.settings import Optim
-from .report import Case, cores, interleave, report
+from .report import Bench, Case, cores, interleave, report
 
 VISION = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}
@@ -24,13 +24,25 @@ EMBED = 512
 PACKAGES = ("torch", "open_clip_torch")
 
 
-def clip(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench clip", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--batch", type=positive, default=8, help="pictures and texts per call (default: 8)")
-    parser.add_argument("--repeats", type=positive, default=15, help="timed calls of each (default: 15)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Clip(Bench):
+    """A CLIP of the size of ViT-B/32 against open_clip's, same weights, float32 on a CPU.
+
+    Args:
+        threads: CPU threads.
+        batch: pictures and texts per call.
+        repeats: timed calls of each.
+    """
+
+    threads: PositiveInt = cores()
+    batch: PositiveInt = 8
+    repeats: PositiveInt = 15
+
+    def run(self) -> int:
+        return clip(self)
+
+
+def clip(args: Clip) -> int:
     torch.set_num_threads(args.threads)
     return report("clip", measure(args.batch, args.repeats), packages=PACKAGES, json_file=args.json)
 

@@ -3,17 +3,18 @@ with the same random weights. Times are of encoding and decoding one frame of 80
 
 from __future__ import annotations
 
-import argparse
 import copy
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -21,8 +22,7 @@ from mm.errors import InputError
 from mm.lowbit import arrange_for_rows, quantize
 from mm.tree import tensors
 
-from ..common.options import positive
-from .report import Case, interleave, report
+from .report import Bench, Case, interleave, report
 
 if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
@@ -32,19 +32,31 @@ CODEBOOKS, FRAME, SECONDS, STREAMS, WARMUP = 8, 1920, 30, 8, 5
 Step = Callable[[Tensor], Any]  # one frame (B, 1, 1920), encoded and decoded
 
 
-def codec(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench codec", description=__doc__)
-    parser.add_argument("--frames", type=positive, default=500, help="frames of each stream (default: 500, 40 s)")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed calls on whole waves (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Codec(Bench):
+    """Mimi frame by frame and whole, on a CPU in float32, against the official package and transformers with the
+    same random weights. Times are of encoding and decoding one frame of 80 ms with 8 codebooks.
+
+    Args:
+        frames: frames of each stream.
+        repeats: timed calls on whole waves.
+    """
+
+    frames: PositiveInt = 500
+    repeats: PositiveInt = 3
+
+    def run(self) -> int:
+        return codec(self)
+
+
+def codec(args: Codec) -> int:
     os.environ.setdefault("NO_TORCH_COMPILE", "1")  # the official package, eager as ours
     torch.manual_seed(0)
     with torch.no_grad(), tempfile.TemporaryDirectory() as folder:
         return report("codec", measure(args, Path(folder)), packages=PACKAGES, json_file=args.json)
 
 
-def measure(args: argparse.Namespace, folder: Path) -> list[Case]:
+def measure(args: Codec, folder: Path) -> list[Case]:
     from ...codecs.mimi import Mimi
 
     official = official_model()

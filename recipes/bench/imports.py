@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
+from dataclasses import dataclass
 
-from ..common.options import positive
-from .report import Case, report
+from jsonargparse.typing import PositiveInt
+
+from .report import Bench, Case, report
 
 MODULES = ("mm", "mm.encoders.clip")
 MOST = 0.3  # seconds
@@ -22,11 +23,21 @@ print(time.perf_counter() - middle, middle - start)
 """
 
 
-def imports(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench imports", description=__doc__)
-    parser.add_argument("--repeats", type=positive, default=9, help="processes for each module (default: 9)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Imports(Bench):
+    """What importing this package costs beyond importing torch, in fresh processes.
+
+    Args:
+        repeats: processes for each module.
+    """
+
+    repeats: PositiveInt = 9
+
+    def run(self) -> int:
+        return imports(self)
+
+
+def imports(args: Imports) -> int:
     cases = [case for name in MODULES for case in measure(name, args.repeats)]
     return report("imports", cases, packages=("torch",), json_file=args.json)
 

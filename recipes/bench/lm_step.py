@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.errors import InputError
 from mm.text.decoder import TextDecoder
 
-from ..common.options import positive
 from ..lm.loss import decoder_loss
 from .loss import peak
-from .report import Case, cores, interleave, report
+from .report import Bench, Case, cores, interleave, report
 
 PACKAGES = ("torch", "transformers")
 VOCAB, ROWS, LENGTH = 32000, 8, 512
@@ -25,12 +25,23 @@ SHAPE = {"vocab_size": VOCAB, "hidden_size": 384, "num_hidden_layers": 11, "num_
 Step = Callable[[], Tensor]
 
 
-def lm(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench lm", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--repeats", type=positive, default=5, help="timed steps of each (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Lm(Bench):
+    """A training step of a 30M Llama-shaped model on a CPU in float32, against transformers' with AdamW.
+
+    Args:
+        threads: CPU threads.
+        repeats: timed steps of each.
+    """
+
+    threads: PositiveInt = cores()
+    repeats: PositiveInt = 5
+
+    def run(self) -> int:
+        return lm(self)
+
+
+def lm(args: Lm) -> int:
     torch.set_num_threads(args.threads)
     return report("lm", measure(args.repeats), packages=PACKAGES, json_file=args.json)
 

@@ -2,30 +2,43 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from ..clip.loss import clip_loss, siglip_loss
-from ..common.options import positive
-from .report import Case, cores, interleave, report
+from .report import Bench, Case, cores, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")
 SCALE, BIAS = 2.659, -10.0
 
 
-def loss(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench loss", description=__doc__)
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--batch", type=positive, default=4096, help="pairs (default: 4096)")
-    parser.add_argument("--dim", type=positive, default=512, help="width of the features (default: 512)")
-    parser.add_argument("--repeats", type=positive, default=9, help="timed calls of each (default: 9)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class LossBench(Bench):
+    """The tiled contrastive losses, forward and backward, against open_clip's dense ones on a CPU.
+
+    Args:
+        threads: CPU threads.
+        batch: pairs.
+        dim: width of the features.
+        repeats: timed calls of each.
+    """
+
+    threads: PositiveInt = cores()
+    batch: PositiveInt = 4096
+    dim: PositiveInt = 512
+    repeats: PositiveInt = 9
+
+    def run(self) -> int:
+        return loss(self)
+
+
+def loss(args: LossBench) -> int:
     torch.set_num_threads(args.threads)
     return report("loss", measure(args.batch, args.dim, args.repeats), packages=PACKAGES, json_file=args.json)
 

@@ -3,10 +3,10 @@ pictures and captions in the same order, augmentation, batch, steps, optimizer, 
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import ClassVar
 
 from torch import Tensor, nn
 
@@ -16,30 +16,42 @@ from ..clip.fit import model_input, starting_model
 from ..clip.module import ClipRecipe
 from ..clip.pairs import read_pairs
 from ..commands.evaluate import Meter, open_source
-from ..commands.train import parse
 from ..search.embed import Embedder
 from ..train.launch import lightning_trainer, quiet
 from ..train.run import LAST
 from ..train.settings import ClipJob, Shape
 from ..train.watch import Watch
-from ..weights import emoji_clip
 from .emojicross import TOLD, case
 from .report import report
 
 
-def open_clip_emoji(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench open_clip_emoji", description=__doc__)
-    parser.add_argument("--out", required=True, help="directory of the peer's run, continued if it exists")
-    parser.add_argument("--model", help="our model, trained by the same settings (default: the weights that ship)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args, settings = parser.parse_known_args(argv)
-    job = parse(ClipJob, "mm bench open_clip_emoji", ["--config", "clip_emoji.yaml", "--out", args.out, *settings])
+@dataclass(frozen=True, kw_only=True)
+class OpenClipEmoji(ClipJob):
+    """Train open_clip's model and loss by our emoji recipe and compare it with ours (half an hour). Further options are
+    those of `mm train clip`.
+
+    Args:
+        out: directory of the peer's run, continued if it exists.
+        ours: our model, trained by the same settings.
+        json: write the figures to this file.
+    """
+
+    defaults: ClassVar[tuple[str, ...]] = ("--config", "clip_emoji")
+    out: str
+    ours: str = "emoji_clip"
+    json: str | None = None
+
+    def run(self) -> int:
+        return open_clip_emoji(self)
+
+
+def open_clip_emoji(job: OpenClipEmoji) -> int:
     source = open_source("emojicross", ())
     peer = Meter(clip=train_peer(job), templates=())(source)
-    ours = Meter(clip=Embedder.load(args.model or emoji_clip()).clip, templates=())(source)
+    ours = Meter(clip=Embedder.load(job.ours).clip, templates=())(source)
     cases = [case(f"{split} {way} {k}", ours[split][way][k], peer[split][way][k])
              for split in ours for way in ours[split] for k in TOLD]
-    return report("open_clip_emoji", cases, packages=("torch", "open_clip_torch"), json_file=args.json)
+    return report("open_clip_emoji", cases, packages=("torch", "open_clip_torch"), json_file=job.json)
 
 
 class Peer(nn.Module):

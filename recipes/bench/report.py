@@ -22,6 +22,17 @@ from mm.errors import InputError
 
 
 @dataclass(frozen=True, kw_only=True)
+class Bench:
+    """The options of every benchmark.
+
+    Args:
+        json: write the figures to this file.
+    """
+
+    json: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class Timing:
     """Median seconds per call; `ratio` says how many times faster ours is."""
 

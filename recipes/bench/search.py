@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import argparse
 import itertools
 import math
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
-from ..common.options import positive
 from ..common.progress import Bar
 from ..search.table import Index, Row
-from .report import Case, interleave, report
+from .report import Bench, Case, interleave, report
 
 ROWS, DIM, CLUSTERS, TOP = 1_000_000, 512, 10_000, 10
 NOISE = 0.5  # length of the step from a cluster's centre
@@ -23,12 +23,23 @@ CHUNK = 20_000  # vectors made and written at a time
 FASTER, RECALL = 5.0, 0.95
 
 
-def search(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench search", description=__doc__)
-    parser.add_argument("--rows", type=positive, default=ROWS, help="vectors (default: 1000000)")
-    parser.add_argument("--queries", type=positive, default=200, help="queries (default: 200)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Search(Bench):
+    """One query among a million vectors, against an exact matrix product.
+
+    Args:
+        rows: vectors.
+        queries: queries.
+    """
+
+    rows: PositiveInt = ROWS
+    queries: PositiveInt = 200
+
+    def run(self) -> int:
+        return search(self)
+
+
+def search(args: Search) -> int:
     with tempfile.TemporaryDirectory(prefix="mm-bench-") as folder:
         cases = measure(Path(folder), args.rows, args.queries)
     return report("search", cases, packages=("numpy", "lancedb", "torch"), json_file=args.json)

@@ -3,7 +3,6 @@ speakers in real time, over Kyutai's protocol with Ogg/Opus, more and more of th
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import os
 import subprocess
@@ -17,14 +16,14 @@ from pathlib import Path
 
 import aiohttp
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
 from ..commands.talk import MODEL
-from ..common.options import positive
 from ..talk import protocol
 from ..talk.sound import OggOpus
-from .report import Case, report
+from .report import Bench, Case, report
 
 PACKAGES = ("torch", "aiohttp", "sphn")
 RANDOM = "random"
@@ -34,20 +33,34 @@ BEGINNING = 12  # frames of each speaker that do not count
 ENOUGH = 0.99  # of the frames have to be on time
 
 
-def talk(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench talk", description=__doc__)
-    parser.add_argument("--model", default=MODEL, metavar="DIR", help="a duplex model with its codec, or `random`: "
-                        f"weights in the shapes of the recipes duplex_small and codec_small (default: {MODEL}, which "
-                        "ships with this package)")
-    parser.add_argument("--codec", metavar="DIR", help="another Mimi than its own")
-    parser.add_argument("--sounds", type=Path, metavar="PATH", help="what the speakers say, each something else and "
-                        "over and over: a sound file, a folder of them, or a .jsonl file of dialogues, whose right "
-                        "channels are taken (default: bursts of noise)")
-    parser.add_argument("--seconds", type=positive, default=20, help="that each speaks (default: 20)")
-    parser.add_argument("--most", type=positive, default=8, help="speakers at once that are tried (default: 8)")
-    parser.add_argument("--threads", type=positive, default=1, help="of the server's model (default: 1)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Talk(Bench):
+    """How many people `mm talk` holds on this machine. A server of its own is spoken to by simulated speakers in
+    real time, over Kyutai's protocol with Ogg/Opus, more and more of them until frames come late.
+
+    Args:
+        model: a duplex model with its codec, or `random`: weights in the shapes of the recipes duplex_small and
+            codec_small.
+        codec: another Mimi than its own.
+        sounds: what the speakers say, each something else and over and over: a sound file, a folder of them, or a
+            .jsonl file of dialogues, whose right channels are taken.
+        seconds: that each speaks.
+        most: speakers at once that are tried.
+        threads: of the server's model.
+    """
+
+    model: str = MODEL
+    codec: str | None = None
+    sounds: Path | None = None
+    seconds: PositiveInt = 20
+    most: PositiveInt = 8
+    threads: PositiveInt = 1
+
+    def run(self) -> int:
+        return talk(self)
+
+
+def talk(args: Talk) -> int:
     waves = spoken(args)
     with tempfile.TemporaryDirectory() as folder:
         model = [random_model(Path(folder)) if args.model == RANDOM else args.model]
@@ -62,7 +75,7 @@ def talk(argv: list[str]) -> int:
     return report("talk", cases, packages=PACKAGES, json_file=args.json)
 
 
-def spoken(args: argparse.Namespace) -> list[np.ndarray]:
+def spoken(args: Talk) -> list[np.ndarray]:
     """(n * FRAME,) float32 of each speaker, as many seconds as it speaks. Raises InputError."""
     total = round(args.seconds / SECONDS) * FRAME
     if args.sounds is None:
@@ -142,7 +155,7 @@ class Speaker:
         return (found + [False] * (len(self.said) - self.lag - len(found)))[BEGINNING:]
 
 
-def measure(model: list[str], count: int, waves: list[np.ndarray], args: argparse.Namespace
+def measure(model: list[str], count: int, waves: list[np.ndarray], args: Talk
             ) -> tuple[list[Case], bool]:
     """The cases of so many speakers, and whether the server held them. Raises InputError when it does not start."""
     with server(model, count, args.threads) as (url, process):

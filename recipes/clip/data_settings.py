@@ -10,8 +10,11 @@ TEMPLATES = ("a photo of a {}.",)
 @dataclass(frozen=True, kw_only=True)
 class Words:
     """How captions that are a name followed by tags are worded, anew each time: with probability `name` the name
-    alone, with probability `tags` one to three tags, otherwise the name somewhere among one to three tags. drop: the
-    probability that a word is left out."""
+    alone, with probability `tags` one to three tags, otherwise the name somewhere among one to three tags.
+
+    Args:
+        drop: the probability that a word is left out.
+    """
 
     name: float = 0.4
     tags: float = 0.2
@@ -22,15 +25,16 @@ class Words:
 class Data:
     """Pairs to train on, and how they are read.
 
-    path: a table (with two or three of picture, caption and sound), folder, .tar shards or emojicross.
-    val: the same kinds of source to evaluate on, or none.
-    batch_size: rows of all processes together.
-    per_group: a pass has this many random items of each group, side by side in a batch (none: it has every item).
-    workers: processes that read pictures.
-    canvas: side in pixels at which pictures wait for augmentation (none: the model's size).
-    templates: captions of a folder of classes, {} standing for the name.
-    words: none takes one of the captions as it is.
-    bpe_dropout: the probability that the tokenizer leaves out a merge, which breaks words into more pieces.
+    Args:
+        path: a table (with two or three of picture, caption and sound), folder, .tar shards or emojicross.
+        val: the same kinds of source to evaluate on, or none.
+        batch_size: rows of all processes together.
+        per_group: a pass has this many random items of each group, side by side in a batch (none: it has every item).
+        workers: processes that read pictures.
+        canvas: side in pixels at which pictures wait for augmentation (none: the model's size).
+        templates: captions of a folder of classes, {} standing for the name.
+        words: none takes one of the captions as it is.
+        bpe_dropout: the probability that the tokenizer leaves out a merge, which breaks words into more pieces.
     """
 
     path: str
@@ -95,8 +99,9 @@ class Texture:
 class Augment:
     """What happens to training pictures; the default is a light set for photographs.
 
-    crop: the smallest share of a picture's area that a random crop keeps when it is read (1: the whole picture).
-    white: pictures lie on white, which then also fills what a shift uncovers.
+    Args:
+        crop: the smallest share of a picture's area that a random crop keeps when it is read (1: the whole picture).
+        white: pictures lie on white, which then also fills what a shift uncovers.
     """
 
     crop: float = 0.5

@@ -11,13 +11,18 @@ from mm.errors import InputError
 class SoundData:
     """Folders of sounds, of any format, rate and number of channels.
 
-    path: the folders. val: folders to evaluate on (none: a share of the files of `path`).
-    holdout: the share of the files that is held out for evaluation where there is no `val`.
-    seconds: length of a training row. batch_size: rows of all processes together.
-    gain: rows are made louder or softer by up to so many dB.
-    lowpass: the probability that a row loses what lies above a random frequency, from 3.4 kHz on, in what the codec
-    hears and in what it should give back alike; sounds of a lower rate than the codec's have lost it already.
-    limit: most files of a folder that are held out (they are evaluated as a whole). workers: processes that read.
+    Args:
+        path: the folders.
+        val: folders to evaluate on (none: a share of the files of `path`).
+        holdout: the share of the files that is held out for evaluation where there is no `val`.
+        seconds: length of a training row.
+        batch_size: rows of all processes together.
+        gain: rows are made louder or softer by up to so many dB.
+        lowpass: the probability that a row loses what lies above a random frequency, from 3.4 kHz on, in what the
+            codec hears and in what it should give back alike; sounds of a lower rate than the codec's have lost it
+            already.
+        limit: most files of a folder that are held out (they are evaluated as a whole).
+        workers: processes that read.
     """
 
     path: tuple[str, ...]

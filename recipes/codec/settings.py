@@ -15,9 +15,16 @@ from .data_settings import SoundData
 class CodecShape:
     """A Mimi to be trained from scratch; the default is the published size, with 8 codebooks.
 
-    rate: in Hz. filters: channels of the convolutions at that rate, doubled at every stride. ratios: the decoder's
-    strides in order. width, depth, heads, hidden: of the transformers on either side. window: steps that they see, of
-    which there are `stride` in a frame. codebooks, the first of them semantic, of `size` entries of `dim` numbers.
+    Args:
+        rate: in Hz.
+        filters: channels of the convolutions at that rate, doubled at every stride.
+        ratios: the decoder's strides in order.
+        width: of the transformers on either side.
+        depth: of the transformers on either side.
+        heads: of the transformers on either side.
+        hidden: of the transformers on either side.
+        window: steps that they see, of which there are `stride` in a frame. codebooks, the first of them semantic, of
+            `size` entries of `dim` numbers.
     """
 
     rate: int = 24000
@@ -38,12 +45,16 @@ class CodecShape:
 class CodecLoss:
     """What each term is multiplied by.
 
-    mel: the distance of log-mel spectrograms at several resolutions; 0 trains by the discriminators alone, as the
-    published codec was. commit: the distance of vectors to their entries. adversarial: of what the discriminators say
-    of the output (0: there are none); features: of what they see in it and in the original. adversarial_from: the step
-    at which these two begin.
-    teacher: a speech encoder whose hearing the semantic codebook should hold: a Whisper (directory, hub name, or
-    OpenAI's .pt file) or a HuBERT directory (none: no such term). semantic: its weight.
+    Args:
+        mel: the distance of log-mel spectrograms at several resolutions; 0 trains by the discriminators alone, as the
+            published codec was.
+        commit: the distance of vectors to their entries.
+        adversarial: of what the discriminators say of the output (0: there are none)
+        features: of what they see in it and in the original.
+        adversarial_from: the step at which these two begin.
+        teacher: a speech encoder whose hearing the semantic codebook should hold: a Whisper (directory, hub name, or
+            OpenAI's .pt file) or a HuBERT directory (none: no such term).
+        semantic: its weight.
     """
 
     mel: float = 15.0
@@ -64,8 +75,12 @@ class CodecLoss:
 
 @dataclass(frozen=True, kw_only=True)
 class Critics:
-    """The discriminators, one for each window of `windows` samples. filters: their channels. lr: their learning rate,
-    as a share of the codec's."""
+    """The discriminators, one for each window of `windows` samples.
+
+    Args:
+        filters: their channels.
+        lr: their learning rate, as a share of the codec's.
+    """
 
     windows: tuple[int, ...] = (2048, 1024, 512, 256, 128)
     filters: int = 32
@@ -90,10 +105,12 @@ class CodecOptim(Optim):
 class CodecJob:
     """Train a neural codec on folders of sounds.
 
-    out: the directory of the run; the same command continues what is there. model: a Mimi (directory, hub name,
-    Kyutai's file, or codec_small) to go on from, instead of a new `shape`. decoder_only: what makes codes stays as it
-    is, and with it every code; the decoder learns to say them better. books: how the codebooks learn. critics: the
-    discriminators.
+    Args:
+        out: the directory of the run; the same command continues what is there.
+        model: a Mimi (directory, hub name, Kyutai's file, or codec_small) to go on from, instead of a new `shape`.
+        decoder_only: what makes codes stays as it is, and with it every code; the decoder learns to say them better.
+        books: how the codebooks learn.
+        critics: the discriminators.
     """
 
     data: SoundData

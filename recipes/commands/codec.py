@@ -2,48 +2,106 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from jsonargparse.typing import PositiveInt
+
 from mm.errors import InputError
 
-from ..common.options import choose_device, device_option, positive
+from ..common.command import argument
+from ..common.options import choose_device
 from ..common.progress import Bar
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from ...codecs.file import Header, Reader
     from ...codecs.mimi import Mimi
 
 CHUNK = 25  # frames at a time where nobody waits for each
 SUFFIX = ".mimi"
 
 
-def codec(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm codec", description=__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="encode|decode|play")
-    encoding = commands.add_parser("encode", help="a sound file (any format of libsndfile, rate, channels) to .mimi")
-    decoding = commands.add_parser("decode", help="a .mimi file to a sound file, whose suffix says the format")
-    playing = commands.add_parser("play", help="play a .mimi file, or a sound file as it comes out of the codec")
-    for command, names in ((encoding, ("SOUND", "CODES")), (decoding, ("CODES", "SOUND")), (playing, ("FILE",))):
-        for name in names:
-            command.add_argument(name.lower(), metavar=name, type=Path)
-        command.add_argument("--model", default="codec_small", help="a Mimi directory, hub name or Kyutai's "
-                             "safetensors file, or codec_small, which ships with this package (default)")
-        command.add_argument("--int8", action="store_true", help="8-bit weights in the transformers (CPU)")
-        device_option(command)
-    for command in (encoding, playing):
-        command.add_argument("--codebooks", type=positive, help="the first so many (default: 8, or all if fewer)")
-    playing.add_argument("--stdout", action="store_true", help="16-bit samples to standard output, not the speakers")
-    args = parser.parse_args(argv)
-    return {"encode": encode, "decode": decode, "play": play}[args.command](args)
+@dataclass(frozen=True, kw_only=True)
+class Coding:
+    """Options that all three share.
+
+    Args:
+        model: a Mimi directory, hub name or Kyutai's safetensors file, or the codec that ships here.
+        int8: 8-bit weights in the transformers, on a CPU.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+        codebooks: the first of them; none is 8, or all if there are fewer.
+    """
+
+    model: str = "codec_small"
+    int8: bool = False
+    device: str | None = None
 
 
-def load(args: argparse.Namespace) -> Mimi:
+@dataclass(frozen=True, kw_only=True)
+class Encode(Coding):
+    """Encode a sound file (any format of libsndfile, rate and channels) to .mimi, in constant memory.
+
+    Args:
+        sound: the sound file.
+        codes: the .mimi file to write.
+    """
+
+    sound: Path = argument()
+    codes: Path = argument()
+    codebooks: PositiveInt | None = None
+
+    def run(self) -> None:
+        encode(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decode(Coding):
+    """Decode a .mimi file to a sound file, in constant memory.
+
+    Args:
+        codes: the .mimi file.
+        sound: the sound file to write; its suffix is the format.
+    """
+
+    codes: Path = argument()
+    sound: Path = argument()
+
+    def run(self) -> None:
+        decode(self)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Play(Coding):
+    """Play a .mimi file, or a sound file as it comes out of the codec.
+
+    Args:
+        file: the file.
+        stdout: 16-bit samples to standard output, not to the speakers.
+    """
+
+    file: Path = argument()
+    codebooks: PositiveInt | None = None
+    stdout: bool = False
+
+    def run(self) -> None:
+        play(self)
+
+
+COMMANDS = {
+    "encode": ("mm.recipes.commands.codec:Encode", "a sound file to codes"),
+    "decode": ("mm.recipes.commands.codec:Decode", "codes to a sound file"),
+    "play": ("mm.recipes.commands.codec:Play", "codes, or a sound file through the codec, to the speakers"),
+}
+
+
+def load(args: Coding) -> tuple[Mimi, str]:
+    """The codec, and the fingerprint of its weights before they are changed to 8 bits."""
     import torch
 
     from mm.lowbit import quantize
@@ -51,21 +109,21 @@ def load(args: argparse.Namespace) -> Mimi:
     from ...codecs.mimi import Mimi
 
     model = Mimi.from_pretrained(args.model, dtype=torch.float32, device=choose_device(args.device))
-    args.weights = model.fingerprint()
+    weights = model.fingerprint()
     if args.int8:
         for stack in (model.encoder_stack, model.decoder_stack):
             quantize(stack)
-    return model
+    return model, weights
 
 
-def encode(args: argparse.Namespace) -> int:
+def encode(args: Encode) -> None:
     from mm.checkpoint.files import replacing
 
     from ...codecs.file import Writer
     from ...codecs.sound import open_sound
 
-    sound, model = open_sound(args.sound), load(args)
-    header = header_of(args, model)
+    sound, (model, weights) = open_sound(args.sound), load(args)
+    header = header_of(args, model, weights)
     start = time.perf_counter()
     with replacing(args.codes) as part, open(part, "r+b") as file, bar("encoding", sound.seconds, model) as progress:
         writer = Writer(file, header)
@@ -77,16 +135,15 @@ def encode(args: argparse.Namespace) -> int:
     size = args.codes.stat().st_size
     print(f"{args.codes}: {done.seconds:.1f} s of sound in {size:,} bytes "
           f"({done.frame_bytes * 8 * model.spec.frame_rate / 1000:.2f} kbit/s), {pace(spent, done.seconds)}")
-    return 0
 
 
-def header_of(args: argparse.Namespace, model: Mimi):
+def header_of(args: Encode | Play, model: Mimi, weights: str) -> Header:
     from ...codecs.file import Header
 
     s, held = model.spec, model.spec.quantizer.codebooks
     if args.codebooks is not None and args.codebooks > held:
         raise InputError(f"--codebooks {args.codebooks}: the model has {held}")
-    return Header(model=str(args.model), weights=args.weights, rate=s.rate, frame=s.frame, channels=s.seanet.channels,
+    return Header(model=str(args.model), weights=weights, rate=s.rate, frame=s.frame, channels=s.seanet.channels,
                   codebooks=args.codebooks or min(8, held), size=s.quantizer.size)
 
 
@@ -112,7 +169,7 @@ def framed(model: Mimi, sound, chunk: int) -> Iterator[Tensor]:
         yield last.to(device)
 
 
-def decode(args: argparse.Namespace) -> int:
+def decode(args: Decode) -> None:
     from ...codecs.sound import new_sound
 
     reader, model = opened(args.codes, args)
@@ -124,17 +181,16 @@ def decode(args: argparse.Namespace) -> int:
             left -= min(left, wave.shape[2])
             progress.step(wave.shape[2] // h.frame)
     print(f"{args.sound}: {h.seconds:.1f} s of sound, {pace(time.perf_counter() - start, h.seconds)}")
-    return 0
 
 
-def opened(path: Path, args: argparse.Namespace):
+def opened(path: Path, args: Decode | Play) -> tuple[Reader, Mimi]:
     """A .mimi file and the model that wrote it. Raises InputError when `--model` is another one."""
     from ...codecs.file import Reader
 
-    reader, model = Reader(path), load(args)
-    if reader.header.weights != args.weights:
+    reader, (model, weights) = Reader(path), load(args)
+    if reader.header.weights != weights:
         raise InputError(f"{path} was written by another model ({reader.header.model}, weights "
-                         f"{reader.header.weights}) than {args.model} (weights {args.weights})")
+                         f"{reader.header.weights}) than {args.model} (weights {weights})")
     s = model.spec
     held = {"rate": s.rate, "frame": s.frame, "channels": s.seanet.channels, "size": s.quantizer.size}
     for name, value in held.items():
@@ -153,7 +209,7 @@ def decoded(model: Mimi, blocks: Iterator[Tensor], chunk: int) -> Iterator[Tenso
         yield model.decode(codes[None].to(device), state=state).cpu()
 
 
-def play(args: argparse.Namespace) -> int:
+def play(args: Play) -> None:
     model, waves = played(args)
     say = to_stdout if args.stdout else speakers(model)
     spent, seconds = 0.0, 0.0
@@ -166,10 +222,9 @@ def play(args: argparse.Namespace) -> int:
         say(wave[0])
         seconds += wave.shape[2] / model.spec.rate
     print(f"{args.file}: {seconds:.1f} s of sound, {pace(spent, seconds)}", file=sys.stderr)
-    return 0
 
 
-def played(args: argparse.Namespace) -> tuple[Mimi, Iterator[Tensor]]:
+def played(args: Play) -> tuple[Mimi, Iterator[Tensor]]:
     """The model, and waves (1, C, frame) on the CPU as a stream makes them of either kind of file."""
     from ...codecs.sound import open_sound
     from ...codecs.stream import Stream
@@ -179,8 +234,8 @@ def played(args: argparse.Namespace) -> tuple[Mimi, Iterator[Tensor]]:
         stream = Stream(model, 1, codebooks=reader.header.codebooks)
         device = stream.codes.device
         return model, (stream.decode(codes[None].to(device)).cpu() for codes in reader.blocks(1))
-    sound, model = open_sound(args.file), load(args)
-    stream = Stream(model, 1, codebooks=header_of(args, model).codebooks)
+    sound, (model, weights) = open_sound(args.file), load(args)
+    stream = Stream(model, 1, codebooks=header_of(args, model, weights).codebooks)
     return model, (stream.decode(stream.encode(wave)).cpu() for wave in framed(model, sound, 1))
 
 

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import shutil
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from mm.errors import InputError
+
+from ..common.command import argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -21,36 +23,41 @@ if TYPE_CHECKING:
 SHARD_BYTES = 5 * 2**30
 OUTPUTS = {"decoder": "logits", "seq2seq": "logits", "encoder": "hidden states", "duplex": "logits", "csm": "logits",
            "mimi": "latents and waves", "whisper": "logits"}
-LAYOUTS = ("hf", "open_clip", "timm", "kyutai", "mm", "hf_halves", "kyutai_memory")
 CONFIGS = ("config.json", "open_clip_config.json")
 SAMPLES = ("a photo of a dog", "It's 3.14 & “naïve” 🐱", "")
 
 
-def convert(argv: list[str]) -> int:
-    """The command: writes DST, says what is in it."""
-    parser = argparse.ArgumentParser(prog="mm convert", description="Rewrite a checkpoint for another library: "
-                                     "transformers and vLLM (hf), open_clip, timm, moshi (kyutai), or this package "
-                                     "(mm); hf_halves and kyutai_memory name the weights of a codec as those packages "
-                                     "do in memory.")
-    parser.add_argument("source", metavar="SRC", help="a directory with a checkpoint in any layout, a hub name, or a "
-                        ".gguf or llama2.c file")
-    parser.add_argument("target", metavar="DST", type=Path, help="the directory to write")
-    parser.add_argument("--to", required=True, choices=LAYOUTS, help="the layout of DST")
-    parser.add_argument("--force", action="store_true", help="replace the checkpoint that DST holds")
-    parser.add_argument("--shard-size", metavar="SIZE", type=size, default=SHARD_BYTES,
-                        help="the most that one file of weights holds, such as 500MB (default: 5GiB)")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
-    options = parser.parse_args(argv)
-    rewrite(options.source, options.target, options.to, force=options.force, allow_pickle=options.allow_pickle,
-            shard_bytes=options.shard_size)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Convert:
+    """Rewrite a checkpoint for another library: transformers and vLLM (hf), open_clip, timm, moshi (kyutai), or this
+    package (mm). hf_halves and kyutai_memory name the weights of a codec as those packages do in memory.
+
+    Args:
+        source: a shipped model, a directory in any layout, a hub name, or a file that is a whole model.
+        target: the directory to write.
+        to: the layout of the target.
+        force: replace the checkpoint that the target holds.
+        shard_size: the most that one file of weights holds, such as 500MB.
+        allow_pickle: read .bin files that hold more than tensors, which can run code.
+    """
+
+    source: str = argument()
+    target: Path = argument()
+    to: Literal["hf", "open_clip", "timm", "kyutai", "mm", "hf_halves", "kyutai_memory"]
+    force: bool = False
+    shard_size: str = "5GiB"
+    allow_pickle: bool = False
+
+    def run(self) -> None:
+        rewrite(self.source, self.target, self.to, force=self.force, allow_pickle=self.allow_pickle,
+                shard_bytes=size(self.shard_size))
 
 
 def size(text: str) -> int:
     """Bytes: 500MB, 2GiB, or a plain number."""
     found = re.fullmatch(r"(\d+)\s*([KMG]?)(i?)B?", text.strip(), re.IGNORECASE)
     if not found or not int(found[1]):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a size such as 500MB")
+        raise InputError(f"--shard-size: {text!r} is not a size such as 500MB")
     return int(found[1]) * (1024 if found[3] else 1000) ** " KMG".index(found[2].upper() or " ")
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Iterator, Sequence
@@ -11,9 +10,11 @@ from functools import partial
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import PositiveInt
+
 from mm.errors import InputError
 
-from ..common.options import device_option, positive
+from ..common.command import argument
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,33 +24,41 @@ if TYPE_CHECKING:
     from ..data.pictures import Picture
 
 
-def evaluate(argv: list[str]) -> int:
-    args = _arguments().parse_args(argv)
-    from ..search.classify import choose_templates
-    from ..search.embed import Embedder
+@dataclass(frozen=True, kw_only=True)
+class Evaluate:
+    """Measure a CLIP: zero-shot accuracy on a folder of classes, recall on pictures with captions, or EmojiCross.
 
-    templates = choose_templates(args.templates)
-    source = open_source(args.data, templates)
-    meter = Meter(clip=Embedder.load(args.model, args.device).clip, templates=templates, batch=args.batch)
-    values = meter(source)
-    if args.json:
-        print(json.dumps({"model": args.model, "data": args.data, **values, "skipped": len(meter.skipped)}, indent=2))
-    else:
-        print("\n".join(f"{name:<12}{value:7.2f} %" for name, value in flat(values)))
-    for sentence in meter.skipped.values():
-        print(f"skipped {sentence}", file=sys.stderr)
-    return 0
+    Args:
+        model: a shipped model, a directory or a hub name.
+        data: a folder of classes, pairs as for mm train clip, or emojicross.
+        templates: for classes, a named set of prompts, or one with {}.
+        batch: pictures per forward pass.
+        json: print JSON.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
 
+    model: str = argument()
+    data: str = argument()
+    templates: str = "photo"
+    batch: PositiveInt = 64
+    json: bool = False
+    device: str | None = None
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm eval", description="Measure a CLIP on pictures with classes or captions.")
-    parser.add_argument("model", metavar="MODEL", help="checkpoint, hub name or directory")
-    parser.add_argument("data", metavar="DATA", help="a folder of classes, pairs as for mm train clip, or emojicross")
-    parser.add_argument("--templates", default="photo", help="for classes: a named set of prompts, or one with {}")
-    parser.add_argument("--batch", type=positive, default=64, help="pictures per forward pass (default: 64)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    device_option(parser)
-    return parser
+    def run(self) -> None:
+        from ..search.classify import choose_templates
+        from ..search.embed import Embedder
+
+        templates = choose_templates(self.templates)
+        source = open_source(self.data, templates)
+        meter = Meter(clip=Embedder.load(self.model, self.device).clip, templates=templates, batch=self.batch)
+        values = meter(source)
+        if self.json:
+            report = {"model": self.model, "data": self.data, **values, "skipped": len(meter.skipped)}
+            print(json.dumps(report, indent=2))
+        else:
+            print("\n".join(f"{name:<12}{value:7.2f} %" for name, value in flat(values)))
+        for sentence in meter.skipped.values():
+            print(f"skipped {sentence}", file=sys.stderr)
 
 
 def open_source(path: str, templates: Sequence[str]) -> dict[str, Pairs]:

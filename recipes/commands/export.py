@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import os
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from mm.errors import InputError
+
+from ..common.command import argument
 
 if TYPE_CHECKING:
     from torch import Tensor, nn
@@ -26,20 +27,29 @@ NEEDED = ("onnx", "onnxscript", "onnxruntime")
 LIMITS = {"onnx": 1e-4, "pt2": 1e-5}  # largest difference let through; relative to features above 1
 
 
-def export(argv: list[str]) -> int:
-    """The command: writes a directory with image.onnx (and text.onnx of a CLIP), or .pt2, and preprocessing.json."""
-    parser = argparse.ArgumentParser(prog="mm export", description="A file per tower, of any batch size and the "
-                                     "model's own picture size, with preprocessing and labels beside it.")
-    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, or a hub name")
-    to = parser.add_mutually_exclusive_group(required=True)
-    to.add_argument("--onnx", metavar="OUT", type=Path, help="the directory to write ONNX files to")
-    to.add_argument("--torch-export", metavar="OUT", type=Path, help="the directory to write torch.export files to")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
-    options = parser.parse_args(argv)
-    target, kind = (options.onnx, "onnx") if options.onnx else (options.torch_export, "pt2")
-    for name, gap in write(options.model, target, kind, allow_pickle=options.allow_pickle).items():
-        print(f"{target / name}: at most {gap:.1e} from the model, in a batch of {CHECKED} (traced with {TRACED})")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Export:
+    """Write a file per tower of a model, of any batch size and the model's own picture size, with preprocessing and
+    labels beside it: image.onnx (and text.onnx of a CLIP), or .pt2.
+
+    Args:
+        model: a shipped model, a directory or a hub name.
+        onnx: the directory to write ONNX files to.
+        torch_export: the directory to write torch.export files to.
+        allow_pickle: read .bin files that hold more than tensors, which can run code.
+    """
+
+    model: str = argument()
+    onnx: Path | None = None
+    torch_export: Path | None = None
+    allow_pickle: bool = False
+
+    def run(self) -> None:
+        if (self.onnx is None) == (self.torch_export is None):
+            raise InputError("mm export wants --onnx OUT or --torch-export OUT, one of the two")
+        target, kind = (self.onnx, "onnx") if self.onnx else (self.torch_export, "pt2")
+        for name, gap in write(self.model, target, kind, allow_pickle=self.allow_pickle).items():
+            print(f"{target / name}: at most {gap:.1e} from the model, in a batch of {CHECKED} (traced with {TRACED})")
 
 
 def write(name: str, target: Path, kind: str, *, allow_pickle: bool = False) -> dict[str, float]:

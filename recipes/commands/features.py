@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from jsonargparse.typing import PositiveInt
+
 from mm.errors import InputError
 
+from ..common.command import argument
 from ..common.files import PictureFile, batches, read_ahead, read_bytes
-from ..common.options import choose_device, device_option, positive
+from ..common.options import choose_device
 from ..common.progress import Bar
 from ..search.pictures import decode, walk
 
@@ -26,21 +29,30 @@ NUMBERS = ("size", "mtime_ns")
 COMPACT = 256  # commits between two rounds of joining small files
 
 
-def features(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(
-        prog="mm features", description="Write a vector, and feature maps of chosen layers, of every picture in a "
-        "folder. The same command again adds what is new or changed, also after it was killed.")
-    parser.add_argument("folder", metavar="FOLDER", help="folder of pictures, searched with its sub-folders")
-    parser.add_argument("--model", required=True, help="a ViT or CLIP: a directory or a hub name")
-    parser.add_argument("--to", required=True, metavar="TABLE", type=Path, help="such as features.lance")
-    parser.add_argument("--layers", type=int, nargs="+", default=[], metavar="N",
-                        help="blocks whose maps are kept, from 0 or, from the end, from -1")
-    parser.add_argument("--batch", type=positive, default=32, help="pictures per forward pass and commit (default: 32)")
-    device_option(parser)
-    args = parser.parse_args(argv)
-    written, skipped, same = extract(args.folder, args.model, args.to, args.layers, args.batch, args.device)
-    print(f"wrote {written}, unchanged {same}, skipped {skipped} (bad)")
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Features:
+    """Write a vector, and feature maps of chosen layers, of every picture in a folder to a table. The same command
+    again adds what is new or changed, also after it was killed.
+
+    Args:
+        folder: pictures, searched with the sub-folders.
+        model: a ViT or CLIP: a shipped model, a directory or a hub name.
+        to: the table, such as features.lance.
+        layers: blocks whose maps are kept, from 0 or, from the end, from -1.
+        batch: pictures per forward pass and commit.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
+
+    folder: str = argument()
+    model: str
+    to: Path
+    layers: tuple[int, ...] = ()
+    batch: PositiveInt = 32
+    device: str | None = None
+
+    def run(self) -> None:
+        written, skipped, same = extract(self.folder, self.model, self.to, self.layers, self.batch, self.device)
+        print(f"wrote {written}, unchanged {same}, skipped {skipped} (bad)")
 
 
 def extract(folder: str, name: str, target: Path, layers: Sequence[int], batch: int, device: str | None

@@ -2,20 +2,23 @@
 
 from __future__ import annotations
 
-import argparse
 import resource
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
-from ..common.options import positive
+from ..common.command import argument
 
 if TYPE_CHECKING:
     from mm.decode.generation import Output
+    from mm.decode.sampling import Sampling
     from mm.decode.speculate import Proposer
     from mm.text.decoder import TextDecoder
     from mm.text.seq2seq import Seq2Seq
@@ -23,35 +26,80 @@ if TYPE_CHECKING:
     Write = Callable[..., list[Output]]
 
 
-def generate(argv: list[str]) -> int:
-    """The command."""
-    options = parse(argv)
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Generate:
+    """Continue a text, answer it (encoder-decoders such as T5), or chat.
 
-    from mm.decode.beam import Beams
-    from mm.decode.sampling import Sampling
+    Args:
+        model: a shipped model, a directory, a hub name, or a .gguf or llama2.c file.
+        prompt: the text to continue, or the first message.
+        chat: answer messages, in the model's own chat format.
+        stream: print tokens as they are made.
+        max_tokens: the most tokens of an answer.
+        temperature: 0 takes the likeliest token.
+        top_k: draw among this many of the likeliest tokens; 0 among all.
+        top_p: draw among the likeliest tokens that hold this share of the probability.
+        min_p: draw among tokens that are at least this share as likely as the likeliest.
+        repetition_penalty: divide the scores of tokens that the text holds already.
+        beams: write the likeliest text that this many beams find.
+        seed: of what is drawn.
+        stop: end before this string; may stand several times.
+        quantize: weights of 8 bits, faster on a CPU, or of 4, smaller still, which read long prompts slowly.
+        cache: int8 keeps keys and values in 8 bits, a quarter of the memory.
+        speculate: propose several tokens a step, for the same text: lookup (from the text so far), heads (the model's
+            own), or the name of a smaller model with the same vocabulary.
+        compile: compile a step first, which takes half a minute and a C++ compiler (g++); from then on tokens come
+            about twice as fast on a CPU.
+        threads: CPU threads; none is PyTorch's choice.
+    """
 
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    sampling = Sampling(
-        max_tokens=options.max_tokens, temperature=options.temperature, top_k=options.top_k, top_p=options.top_p,
-        min_p=options.min_p, repetition_penalty=options.repetition_penalty, seed=options.seed, stop=tuple(options.stop))
-    model = load(options.model, options.quantize, options.compile)
-    write = partial(model.generate, sampling=sampling, cache=options.cache,
-                    beams=Beams(count=options.beams) if options.beams > 1 else None)
-    if model.kind == "seq2seq":
-        answer(write, options)
-        return 0
-    write = partial(write, speculate=proposer(options.speculate, options.quantize), compiled=options.compile)
-    if options.chat:
-        talk(model, write, options.prompt, options.stream)
-    else:
-        print(options.prompt or "", end="", flush=True)
-        say(write, start(model) if options.prompt is None else options.prompt, options.stream)
-    return 0
+    model: str = argument("stories260k")
+    prompt: str | None = argument(None)
+    chat: bool = False
+    stream: bool = False
+    max_tokens: int = 128
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    beams: PositiveInt = 1
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    quantize: Literal["int8", "int4"] | None = None
+    cache: Literal["full", "int8"] = "full"
+    speculate: str | None = None
+    compile: bool = False
+    threads: PositiveInt | None = None
+
+    def run(self) -> None:
+        import torch
+
+        from mm.decode.beam import Beams
+
+        if self.threads:
+            torch.set_num_threads(self.threads)
+        sampling, model = self.sampling(), load(self.model, self.quantize, self.compile)
+        write = partial(model.generate, sampling=sampling, cache=self.cache,
+                        beams=Beams(count=self.beams) if self.beams > 1 else None)
+        if model.kind == "seq2seq":
+            answer(write, self)
+            return
+        write = partial(write, speculate=proposer(self.speculate, self.quantize), compiled=self.compile)
+        if self.chat:
+            talk(model, write, self.prompt, self.stream)
+        else:
+            print(self.prompt or "", end="", flush=True)
+            say(write, start(model) if self.prompt is None else self.prompt, self.stream)
+
+    def sampling(self) -> Sampling:
+        from mm.decode.sampling import Sampling
+
+        return Sampling(max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k, top_p=self.top_p,
+                        min_p=self.min_p, repetition_penalty=self.repetition_penalty, seed=self.seed, stop=self.stop)
 
 
-def answer(write: Write, options: argparse.Namespace) -> None:
+def answer(write: Write, options: Generate) -> None:
     """What an encoder-decoder makes of a text. Raises InputError for what only models that go on with texts do."""
     if options.chat or options.speculate or options.compile or options.prompt is None:
         raise InputError(f"{options.model} is an encoder-decoder: it wants a text, and neither chats nor speculates, "
@@ -87,35 +135,6 @@ def start(model: TextDecoder) -> list[int]:
     if model.tokenizer is None or not model.tokenizer.prefix:
         raise InputError("mm generate needs a text to go on with, or --chat: the model has no start token")
     return list(model.tokenizer.prefix)
-
-
-def parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(prog="mm generate", description="Go on with a text, answer it "
-                                     "(encoder-decoders such as T5), or chat.")
-    parser.add_argument("model", metavar="MODEL", nargs="?", default="stories260k", help="a directory, a hub name, a "
-                        ".gguf or llama2.c file, or stories260k, which ships with this package (default)")
-    parser.add_argument("prompt", metavar="TEXT", nargs="?", help="the text to go on with, or the first message")
-    parser.add_argument("--chat", action="store_true", help="answer messages, in the model's own chat format")
-    parser.add_argument("--stream", action="store_true", help="print tokens as they are made")
-    parser.add_argument("--max-tokens", type=int, default=128)
-    parser.add_argument("--temperature", type=float, default=0.0, help="0 takes the likeliest token (default)")
-    parser.add_argument("--top-k", type=int, default=0)
-    parser.add_argument("--top-p", type=float, default=1.0)
-    parser.add_argument("--min-p", type=float, default=0.0)
-    parser.add_argument("--repetition-penalty", type=float, default=1.0)
-    parser.add_argument("--beams", type=positive, default=1, metavar="K", help="the likeliest text that K beams find")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--stop", action="append", default=[], metavar="STRING", help="end before this string")
-    parser.add_argument("--quantize", choices=("int8", "int4"), help="weights of 8 bits: faster on a CPU; of 4: "
-                        "smaller still, long prompts are read slowly")
-    parser.add_argument("--cache", choices=("full", "int8"), default="full", help="int8: keys and values in 8 bits, a "
-                        "quarter of the memory")
-    parser.add_argument("--speculate", metavar="WAY", help="several tokens a step, the same text: lookup (from what "
-                        "was said before), heads (the model's own), or a smaller MODEL of the same vocabulary")
-    parser.add_argument("--compile", action="store_true", help="compile a step first, which takes half a minute and a "
-                        "C++ compiler (g++): from then on tokens come about twice as fast on a CPU")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-    return parser.parse_args(argv)
 
 
 def talk(model: TextDecoder, write: Write, first: str | None, live: bool) -> None:

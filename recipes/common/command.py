@@ -1,7 +1,8 @@
 """One command line for all commands: a dataclass holds the options of a command, its docstring the help.
 
-A command is a dataclass with a method `run`. Its fields are the options, its `Args:` section their help, their types and
-defaults what is accepted; fields made by `argument` are positional. Options may be spelled with dashes or underscores.
+A command is a dataclass with a method `run`. Its fields are the options, its `Args:` section their help, their types
+and defaults what is accepted; fields made by `argument` are positional, `defaults` are words before the user's
+own. Options may be spelled with dashes or underscores.
 """
 
 from __future__ import annotations
@@ -16,10 +17,14 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
+from jsonargparse.typing import restricted_number_type
+
 from mm.errors import InputError
 
+Port = restricted_number_type("Port", int, [(">=", 0), ("<=", 65535)], docstring="a port from 0 to 65535")
 T = TypeVar("T")
-Table = Mapping[str, tuple[str, str]]  # name -> ("module:Class" or "module:TABLE" of further commands, one line of help)
+# name -> "module:Class", or "module:TABLE" of more commands; a line of help; a function to run instead of `Class.run`
+Table = Mapping[str, tuple[str, ...]]
 CONFIGS = Path(__file__).parent.parent / "configs"
 
 
@@ -39,15 +44,17 @@ def dispatch(table: Table, prog: str, argv: list[str]) -> int:
         near = difflib.get_close_matches(argv[0], table, 1)
         hint = f"did you mean {near[0]}?" if near else f"there are {', '.join(table)}"
         raise InputError(f"there is no {prog} {argv[0]}: {hint}")
-    found = imported(table[argv[0]][0])
+    place, _, *function = table[argv[0]]
+    found = imported(place)
     if isinstance(found, Mapping):
         return dispatch(found, f"{prog} {argv[0]}", argv[1:])
-    return parse(found, f"{prog} {argv[0]}", argv[1:]).run() or 0
+    command = parse(found, f"{prog} {argv[0]}", argv[1:])
+    return (imported(function[0])(command) if function else command.run()) or 0
 
 
 def usage(table: Table, prog: str) -> str:
     width = max(map(len, table))
-    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in table.items())
+    rows = "\n".join(f"  {name:<{width}}  {text}" for name, (_, text, *_) in table.items())
     return f"usage: {prog} COMMAND ...\n\n{rows}\n\n`{prog} COMMAND --help` shows the options of each."
 
 
@@ -64,6 +71,7 @@ def parse(command: type[T], prog: str, argv: list[str]) -> T:
 
     fields = {field.name: field for field in dataclasses.fields(command)}
     positional = [name for name, field in fields.items() if "positional" in field.metadata]
+    argv = [*getattr(command, "defaults", ()), *argv]
     description = inspect.getdoc(command).partition("\n\nArgs:")[0]
     parser = ArgumentParser(prog=prog, exit_on_error=False, description=" ".join(description.split()))
     parser.add_argument("--config", action="config", help="a YAML file with any of these options: a path, or "

@@ -15,17 +15,23 @@ from ..train.settings import Export, Optim, Trainer
 class DuplexData:
     """Conversations with the time of every word.
 
-    path: a .jsonl file with a conversation a line: `path`, a stereo sound file (left speaks, right is heard), or `own`
-    and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a list
-    `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks; `conditions`, words by name,
-    for a model that is told any. Paths are from that file's folder. val: another such file, to evaluate on.
-    drill: another such file, all that is trained on at first. drill_steps: for how many steps.
-    holdout: the share of the conversations that is held out where there is no `val`. codec: a Mimi to encode sound
-    files with, a directory, a hub name or codec_small. cache: the folder that keeps their codes (none: one in the run's
-    directory). tokenizer: a directory with the tokenizer of the text (none: the model's). late: whether a word that is
-    still being written when the next one begins is dropped, or shifts it. drop: the share of the codes that the model
-    hears which is hidden from it in training, others in every pass. length: frames of a row. batch_size: rows of
-    all processes together. workers: processes that encode sound files, and that make batches.
+    Args:
+        path: a .jsonl file with a conversation a line: `path`, a stereo sound file (left speaks, right is heard), or
+            `own` and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a
+            list `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks; `conditions`,
+            words by name, for a model that is told any. Paths are from that file's folder.
+        val: another such file, to evaluate on.
+        drill: another such file, all that is trained on at first.
+        drill_steps: for how many steps.
+        holdout: the share of the conversations that is held out where there is no `val`.
+        codec: a Mimi to encode sound files with, a directory, a hub name or codec_small.
+        cache: the folder that keeps their codes (none: one in the run's directory).
+        tokenizer: a directory with the tokenizer of the text (none: the model's).
+        late: whether a word that is still being written when the next one begins is dropped, or shifts it.
+        drop: the share of the codes that the model hears which is hidden from it in training, others in every pass.
+        length: frames of a row.
+        batch_size: rows of all processes together.
+        workers: processes that encode sound files, and that make batches.
     """
 
     path: str
@@ -57,12 +63,23 @@ class DuplexData:
 class DuplexShape:
     """A model to be trained from scratch, in the layout of Moshi.
 
-    own, heard: codebooks of the model's voice and of the other one, where the data hold as many.
-    width, depth, heads, kv_heads and mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
-    context: frames that it sees. deep_width, deep_depth, deep_heads: of the depth transformer; sets: how many sets of
-    weights its steps have, the last of which the later steps share (none: one each). rank: of its embeddings' tables
-    (none: as wide as it is). delay: in frames, of all codebooks but a voice's first. hears: what its tables of heard
-    codes are made of in training, a learned projection of the codec's own vectors, or rows of their own for codes.
+    Args:
+        own: codebooks of the model's voice and of the other one, where the data hold as many.
+        heard: codebooks of the model's voice and of the other one, where the data hold as many.
+        width: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        depth: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        heads: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        kv_heads: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        context: frames that it sees.
+        deep_width: of the depth transformer.
+        deep_depth: of the depth transformer.
+        deep_heads: of the depth transformer.
+        sets: how many sets of weights its steps have, the last of which the later steps share (none: one each).
+        rank: of its embeddings' tables (none: as wide as it is).
+        delay: in frames, of all codebooks but a voice's first.
+        hears: what its tables of heard codes are made of in training, a learned projection of the codec's own
+            vectors, or rows of their own for codes.
     """
 
     own: int = 8
@@ -95,11 +112,13 @@ class DuplexShape:
 class DuplexLoss:
     """Cross-entropy of the text plus that of the codes, each a weighted mean over what the model itself says.
 
-    first_codebook: what a code of the first codebook counts for, the others count 1. text_padding: what padding of the
-    text counts for, words count 1. depth: the share of the frames, others in every step, whose codes count and from
-    which the depth transformer learns; the text counts in all. Less than 1 costs less (Schalkwyk et al., 2025, CSM).
-    still: how likely such a frame is one in which the model's first code stays the same for the third time, as in
-    silence, against any other frame. Less than 1 learns more from the same number of frames.
+    Args:
+        first_codebook: what a code of the first codebook counts for, the others count 1.
+        text_padding: what padding of the text counts for, words count 1.
+        depth: the share of the frames, others in every step, whose codes count and from which the depth transformer
+            learns; the text counts in all. Less than 1 costs less (Schalkwyk et al., 2025, CSM).
+        still: how likely such a frame is one in which the model's first code stays the same for the third time, as in
+            silence, against any other frame. Less than 1 learns more from the same number of frames.
     """
 
     first_codebook: float = 100.0
@@ -129,8 +148,12 @@ class DuplexOptim(Optim):
 class DuplexExport(Export):
     """The model directory written at the end.
 
-    dtype: of its weights. temp, temp_text: the temperatures of codes and text which its config tells to speak with, 0
-    takes the likeliest (none: what the config of `model` says, else the usual ones).
+    Args:
+        dtype: of its weights.
+        temp: the temperatures of codes and text which its config tells to speak with, 0 takes the likeliest (none:
+            what the config of `model` says, else the usual ones).
+        temp_text: the temperatures of codes and text which its config tells to speak with, 0 takes the likeliest
+            (none: what the config of `model` says, else the usual ones).
     """
 
     temp: float | None = None
@@ -151,11 +174,13 @@ class DuplexExport(Export):
 class DuplexJob:
     """Train a duplex model on conversations, or go on with one.
 
-    out: the directory of the run; the same command continues what is there. model: a checkpoint (directory or hub name)
-    to go on from, with its own tokenizer, instead of a new `shape`. lora: none trains the model itself.
-    checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
-    compile: the blocks of the temporal stack, by torch.compile. shard: spread weights, gradients and optimizer state
-    over the devices (FSDP2) instead of a copy on each (DDP).
+    Args:
+        out: the directory of the run; the same command continues what is there.
+        model: a checkpoint (directory or hub name) to go on from, with its own tokenizer, instead of a new `shape`.
+        lora: none trains the model itself.
+        checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
+        compile: the blocks of the temporal stack, by torch.compile.
+        shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
     """
 
     data: DuplexData

@@ -12,10 +12,12 @@ from mm.errors import InputError
 class CorpusData:
     """Texts and conversations.
 
-    path: a .txt, .md, .jsonl, .csv, .tsv or .parquet file, plain or .gz, a folder of such, or wikitext-2 or chitchat,
-    which come with an installed package. JSONL lines and table rows hold a text, or a conversation as messages of
-    role and content. split: what a document of a .txt or .md file is: the file, the lines between two blank ones, or a
-    line; <|endoftext|> ends a document in any case.
+    Args:
+        path: a .txt, .md, .jsonl, .csv, .tsv or .parquet file, plain or .gz, a folder of such, or wikitext-2 or
+            chitchat, which come with an installed package. JSONL lines and table rows hold a text, or a conversation
+            as messages of role and content.
+        split: what a document of a .txt or .md file is: the file, the lines between two blank ones, or a line;
+            <|endoftext|> ends a document in any case.
     """
 
     path: str
@@ -26,15 +28,19 @@ class CorpusData:
 class LmData(CorpusData):
     """Texts and conversations, and how they become batches.
 
-    val: another source, to evaluate on (none: what is held out; of wikitext-2 its own validation part).
-    holdout: the share of the tokens that is held out for evaluation where there is no `val`.
-    length: tokens of a row. batch_size: rows of all processes together.
-    tokenizer: a directory with the tokenizer to use (none: the model's own or, for a new model, one that is trained on
-    the corpus). vocab: the entries of that trained tokenizer. answers: of conversations, only what the assistant says
-    is learned. share: of the tokens that are hidden to be predicted, by the objectives that hide some. span: the mean
-    number of tokens that span corruption hides together. cache: the folder that keeps the texts as tokens (none: one
-    in the run's directory).
-    workers: processes that make batches.
+    Args:
+        val: another source, to evaluate on (none: what is held out; of wikitext-2 its own validation part).
+        holdout: the share of the tokens that is held out for evaluation where there is no `val`.
+        length: tokens of a row.
+        batch_size: rows of all processes together.
+        tokenizer: a directory with the tokenizer to use (none: the model's own or, for a new model, one that is
+            trained on the corpus).
+        vocab: the entries of that trained tokenizer.
+        answers: of conversations, only what the assistant says is learned.
+        share: of the tokens that are hidden to be predicted, by the objectives that hide some.
+        span: the mean number of tokens that span corruption hides together.
+        cache: the folder that keeps the texts as tokens (none: one in the run's directory).
+        workers: processes that make batches.
     """
 
     val: str | None = None

@@ -13,10 +13,11 @@ from .data_settings import LmData
 
 @dataclass(frozen=True, kw_only=True)
 class LmExperts:
-    """A mixture of experts in place of every MLP: `chosen` of `count` a token, in the layout of Qwen3-MoE or, with
-    `correction`, chosen by corrected scores that keep them equally busy without a loss (DeepSeek-V3).
+    """A mixture of experts in place of every MLP: `chosen` of `count` a token, in the layout of Qwen3-MoE or,
+    with `correction`, chosen by corrected scores that keep them equally busy without a loss (DeepSeek-V3).
 
-    mlp: the ratio of an expert's hidden width to the model's.
+    Args:
+        mlp: the ratio of an expert's hidden width to the model's.
     """
 
     count: int = 8
@@ -31,14 +32,17 @@ class LmExperts:
 
 @dataclass(frozen=True, kw_only=True)
 class LmShape:
-    """A model to be trained from scratch: for the objective `next` a decoder in the layout of Llama, or of Qwen3 with
-    `qk_norm`, for `masked` an encoder in that of ModernBERT without windows, for `spans` an encoder-decoder in that of
-    T5 v1.1, each side `depth` deep.
+    """A model to be trained from scratch: for the objective `next` a decoder in the layout of Llama, or of Qwen3
+    with `qk_norm`, for `masked` an encoder in that of ModernBERT without windows, for `spans` an encoder-decoder
+    in that of T5 v1.1, each side `depth` deep.
 
-    mlp: the ratio of hidden to model width of the gated MLP, rounded up to a multiple of 32 channels.
-    kv_heads: of grouped-query attention (none: as many as heads). context: in tokens (none: data.length).
-    tied: whether the table of token embeddings scores the vocabulary too. theta: of the rotary positions.
-    experts: of a decoder, in place of its MLPs (none: there are none).
+    Args:
+        mlp: the ratio of hidden to model width of the gated MLP, rounded up to a multiple of 32 channels.
+        kv_heads: of grouped-query attention (none: as many as heads).
+        context: in tokens (none: data.length).
+        tied: whether the table of token embeddings scores the vocabulary too.
+        theta: of the rotary positions.
+        experts: of a decoder, in place of its MLPs (none: there are none).
     """
 
     width: int = 256
@@ -62,11 +66,13 @@ class LmShape:
 
 @dataclass(frozen=True, kw_only=True)
 class LmLoss:
-    """Cross-entropy over the vocabulary. z_loss: what the mean square of log Z counts for (PaLM: 1e-4).
-    rows: positions whose logits exist at a time (none: so many that they take 16 MiB).
+    """Cross-entropy over the vocabulary.
 
-    balance: of mixtures of experts, what the mean over layers of the balance loss counts for (Switch, 2021).
-    router_z_loss: and of the mean square of log Z of the router (ST-MoE, 2022).
+    Args:
+        z_loss: what the mean square of log Z counts for (PaLM: 1e-4).
+        rows: positions whose logits exist at a time (none: so many that they take 16 MiB).
+        balance: of mixtures of experts, what the mean over layers of the balance loss counts for (Switch, 2021).
+        router_z_loss: and of the mean square of log Z of the router (ST-MoE, 2022).
     """
 
     z_loss: float = 0.0
@@ -83,9 +89,11 @@ class LmLoss:
 class LmOptim(Optim):
     """As for every run, with a choice of what moves the matrices inside blocks; AdamW moves the rest.
 
-    kind: `muon` orthogonalises their momentum (Jordan, 2024) at the learning rate of AdamW (Liu et al., 2025).
-    momentum: of Muon. correction: how far a step moves the corrections of experts that are chosen too seldom or too
-    often (DeepSeek-V3).
+    Args:
+        kind: `muon` orthogonalises their momentum (Jordan, 2024) at the learning rate of AdamW (Liu et al., 2025).
+        momentum: of Muon.
+        correction: how far a step moves the corrections of experts that are chosen too seldom or too often
+            (DeepSeek-V3).
     """
 
     kind: Literal["adamw", "muon"] = "adamw"
@@ -99,9 +107,13 @@ class LmOptim(Optim):
 
 @dataclass(frozen=True, kw_only=True)
 class LmLora:
-    """Low-rank changes, merged into the exported model, are all that trains. rank: of the changes. alpha: they are
-    multiplied by alpha / rank. layers: ends of the names of the linear layers to change, such as qkv or mlp.up (none:
-    all of them)."""
+    """Low-rank changes, merged into the exported model, are all that trains.
+
+    Args:
+        rank: of the changes.
+        alpha: they are multiplied by alpha / rank.
+        layers: ends of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
+    """
 
     rank: int = 8
     alpha: float = 16.0
@@ -112,14 +124,16 @@ class LmLora:
 class LmJob:
     """Train a language model on texts, or go on with one.
 
-    out: the directory of the run; the same command continues what is there.
-    model: a checkpoint (directory or hub name) to go on from, with its own tokenizer, instead of a new `shape`.
-    objective: predict the `next` token (a decoder), `masked` ones (an encoder), or `spans` that are left out of a text
-    (an encoder-decoder).
-    lora: none trains the model itself. checkpointing: recompute every n-th block in the backward pass instead of
-    keeping its activations (0: none). compile: the blocks, by torch.compile. shard: spread weights, gradients and
-    optimizer state over the devices (FSDP2) instead of a copy on each (DDP). tensor: how many devices split every
-    layer between them (tensor parallelism); above 1, the rest is spread.
+    Args:
+        out: the directory of the run; the same command continues what is there.
+        model: a checkpoint (directory or hub name) to go on from, with its own tokenizer, instead of a new `shape`.
+        objective: predict the `next` token (a decoder), `masked` ones (an encoder), or `spans` that are left out of a
+            text (an encoder-decoder).
+        lora: none trains the model itself.
+        checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
+        compile: the blocks, by torch.compile.
+        shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
+        tensor: how many devices split every layer between them (tensor parallelism); above 1, the rest is spread.
     """
 
     data: LmData

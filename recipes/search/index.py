@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -11,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
+from ..common.command import argument
 from ..common.files import FoundFile, Walk, batches, read_ahead, read_bytes
-from ..common.options import device_option, positive
 from ..common.progress import Bar
 from .embed import MODEL, Embedder, Piece, SentenceEmbedder, load_embedder
 from .table import Index, Row
@@ -55,35 +55,45 @@ class Same:
     file: FoundFile
 
 
-def index(argv: list[str]) -> int:
-    args = _arguments().parse_args(argv)
-    if Index.exists(args.to):
-        known = Index.open(args.to)
-        root = Path(args.folder).expanduser().resolve()
+@dataclass(frozen=True, kw_only=True)
+class IndexFolder:
+    """Write or refresh the index of a folder: of its pictures with a CLIP, of its texts (txt, md, rst, jsonl) with a
+    sentence encoder such as all-MiniLM-L6-v2.
+
+    Args:
+        folder: pictures or texts, searched with the sub-folders.
+        to: the index, such as photos.lance.
+        model: a shipped model, a directory or a hub name; none is the index's own, or a large CLIP of LAION.
+        batch: files per forward pass and commit.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
+
+    folder: str = argument()
+    to: str
+    model: str | None = None
+    batch: PositiveInt = 32
+    device: str | None = None
+
+    def run(self) -> None:
+        counts, others = index_folder(self.folder, self.to, self.model, batch=self.batch, device=self.device)
+        print(f"{counts}; {others} other files")
+
+
+def index_folder(folder: str | Path, to: str | Path, model: str | None = None, *, batch: int = 32,
+                 device: str | None = None) -> tuple[Counts, int]:
+    """Bring an index up to date -> what was done, and how many files of the folder are of another kind. Raises
+    InputError for a folder without pictures or texts and for an index of another folder or model."""
+    if Index.exists(to):
+        known = Index.open(to)
+        root = Path(folder).expanduser().resolve()
         if root.is_dir() and known.folder != root and known.folder.exists():
-            raise InputError(f"{args.to} is the index of {known.folder}, not of {root}; give --to another name")
-        model = args.model or known.model
-    else:
-        model = args.model or MODEL
-    embedder = load_embedder(model, args.device)
-    found = embedder.walk(args.folder)
+            raise InputError(f"{to} is the index of {known.folder}, not of {root}; give --to another name")
+        model = model or known.model
+    embedder = load_embedder(model or MODEL, device)
+    found = embedder.walk(folder)
     if not found.files and not found.unreadable:
-        raise InputError(f"{args.folder} holds no {embedder.holds}")
-    counts = refresh(open_or_create(args.to, embedder, found.root), embedder, found, args.batch)
-    print(f"{counts}; {found.others} other files")
-    return 0
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm index", description="Write or refresh the index of a folder: of its "
-                                     "pictures with a CLIP, of its texts (txt, md, rst, jsonl) with a sentence encoder "
-                                     "such as all-MiniLM-L6-v2.")
-    parser.add_argument("folder", metavar="FOLDER", help="pictures or texts, searched with the sub-folders")
-    parser.add_argument("--to", required=True, metavar="INDEX", help="the index, such as photos.lance")
-    parser.add_argument("--model", help=f"checkpoint, hub name or directory (default: the index's own, else {MODEL})")
-    parser.add_argument("--batch", type=positive, default=32, help="files per forward pass and commit (default: 32)")
-    device_option(parser)
-    return parser
+        raise InputError(f"{folder} holds no {embedder.holds}")
+    return refresh(open_or_create(to, embedder, found.root), embedder, found, batch), found.others
 
 
 def open_or_create(path: str | Path, embedder: Embedder | SentenceEmbedder, folder: Path) -> Index:

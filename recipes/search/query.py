@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import argparse
 import json
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jsonargparse.typing import PositiveInt
 
 from mm.errors import InputError
 
+from ..common.command import argument
 from ..common.files import read_bytes
-from ..common.options import device_option, positive
 from .embed import Embedder, SentenceEmbedder, load_embedder
 from .gallery import Section, Shown, write_gallery
 from .short import nearest_short
@@ -21,39 +22,55 @@ from .table import Index, Match
 SHOWN = 100  # characters of a passage
 
 
-def search(argv: list[str]) -> int:
-    args = _arguments().parse_args(argv)
-    if (args.text is None) == (args.image is None):
-        raise InputError("mm search wants a text or --image FILE, one of the two")
-    index = Index.open(args.index)
-    if index.holds == "texts" and (args.image or args.html):
-        raise InputError(f"{args.index} is an index of texts: --image and --html are for pictures")
-    embedder = load_embedder(args.model or index.model, args.device)
+@dataclass(frozen=True, kw_only=True)
+class Search:
+    """Find the pictures that match a text or a picture, or the passages of texts that answer a question.
+
+    Args:
+        index: what `mm index` wrote, such as photos.lance.
+        text: what to look for, such as "a red bicycle".
+        image: look for pictures like this one.
+        top: results.
+        matryoshka: search with this many leading dimensions and re-rank with all, for models trained so; the first time
+            adds them to the index.
+        json: print JSON.
+        html: write a page with the pictures found as well.
+        model: where the index's model lies now, if it was moved.
+        device: where the model runs, such as cpu or cuda:0; none is a GPU if there is one.
+    """
+
+    index: str = argument()
+    text: str | None = argument(None)
+    image: str | None = None
+    top: PositiveInt = 20
+    matryoshka: PositiveInt | None = None
+    json: bool = False
+    html: str | None = None
+    model: str | None = None
+    device: str | None = None
+
+    def run(self) -> None:
+        if (self.text is None) == (self.image is None):
+            raise InputError("mm search wants a text or --image FILE, one of the two")
+        index = Index.open(self.index)
+        if index.holds == "texts" and (self.image or self.html):
+            raise InputError(f"{self.index} is an index of texts: --image and --html are for pictures")
+        found = nearest(index, self.text, image=self.image, top=self.top, matryoshka=self.matryoshka, model=self.model,
+                        device=self.device)
+        query = self.text or self.image
+        print(json.dumps(as_json(query, index, found), indent=2, ensure_ascii=False) if self.json else as_table(found))
+        if self.html:
+            _write_page(self.html, query, index, found, picture=self.image)
+
+
+def nearest(index: Index, text: str | None = None, *, image: str | Path | bytes | None = None, top: int = 20,
+            matryoshka: int | None = None, model: str | None = None, device: str | None = None) -> list[Match]:
+    """The nearest pictures or passages of an index to a text or a picture, the best first. Raises InputError for an
+    empty text, a picture that cannot be decoded, and a model that is not the index's."""
+    embedder = load_embedder(model or index.model, device)
     index.check_model(embedder.name, embedder.fingerprint)
-    vector = text_vector(embedder, args.text) if args.image is None else image_vector(embedder, args.image)
-    query, short = args.text or args.image, args.matryoshka
-    found = nearest_short(index, vector, args.top, short) if short else index.nearest(vector, args.top)
-    print(json.dumps(as_json(query, index, found), indent=2, ensure_ascii=False) if args.json
-          else as_table(found))
-    if args.html:
-        _write_page(args.html, query, index, found, picture=args.image)
-    return 0
-
-
-def _arguments() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="mm search", description="Find the pictures that match a text or a "
-                                     "picture, or the passages of texts that answer a question.")
-    parser.add_argument("index", metavar="INDEX", help="what `mm index` wrote, such as photos.lance")
-    parser.add_argument("text", nargs="?", help='what to look for, such as "a red bicycle"')
-    parser.add_argument("--image", metavar="FILE", help="look for pictures like this one")
-    parser.add_argument("--top", type=positive, default=20, help="results (default: 20)")
-    parser.add_argument("--matryoshka", type=positive, metavar="DIMS", help="search with the first DIMS dimensions "
-                        "and re-rank with all, for models trained so; the first time adds them to the index")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--html", metavar="FILE", help="write a page with the pictures found as well")
-    parser.add_argument("--model", help="where the index's model lies now, if it was moved")
-    device_option(parser)
-    return parser
+    vector = text_vector(embedder, text) if image is None else image_vector(embedder, image)
+    return nearest_short(index, vector, top, matryoshka) if matryoshka else index.nearest(vector, top)
 
 
 def text_vector(embedder: Embedder | SentenceEmbedder, text: str) -> np.ndarray:

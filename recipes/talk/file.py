@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -19,18 +19,18 @@ from .dialogues import Dialogues
 from .partner import Partner
 
 
-def answer(partner: Partner, args: argparse.Namespace) -> int:
+def answer(partner: Partner, question: Path, to: Path, *, after: float, seed: int) -> None:
     """Writes a sound as long as the question and `--after` seconds of silence, in time with it; prints the text.
     Raises InputError."""
-    sound = open_sound(args.file)
-    steps = round((sound.seconds + args.after) / partner.seconds)
+    sound = open_sound(question)
+    steps = round((sound.seconds + after) / partner.seconds)
     words, s = TextStream(partner.model.tokenizer), partner.model.spec.text
     dialogues, samples = Dialogues(partner, 1), 0
     plain = partner.wishes
-    wishes = replace(plain, text=replace(plain.text, seed=args.seed), audio=replace(plain.audio, seed=args.seed))
+    wishes = replace(plain, text=replace(plain.text, seed=seed), audio=replace(plain.audio, seed=seed))
     dialogues.enter("file", wishes)
-    with new_sound(args.to, partner.rate, 1) as file, Bar("answering", steps) as bar:
-        for frame in frames(partner, sound.blocks(partner.rate, 1), args.after):
+    with new_sound(to, partner.rate, 1) as file, Bar("answering", steps) as bar:
+        for frame in frames(partner, sound.blocks(partner.rate, 1), after):
             said = dialogues.step({"file": frame})["file"]
             bar.step()
             if said is None:
@@ -41,8 +41,7 @@ def answer(partner: Partner, args: argparse.Namespace) -> int:
                 words.push(said.token)
     words.flush()
     print(words.text.strip())
-    print(f"{args.to}: {samples / partner.rate:.1f} s, the first {sound.seconds:.1f} s of them beside the question")
-    return 0
+    print(f"{to}: {samples / partner.rate:.1f} s, the first {sound.seconds:.1f} s of them beside the question")
 
 
 def frames(partner: Partner, blocks: Iterator[Tensor], after: float) -> Iterator[np.ndarray]:

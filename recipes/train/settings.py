@@ -25,8 +25,12 @@ class Tower:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageTower(Tower):
-    """A vision transformer; size and patch are sides in pixels. pool: the class token, the mean of the patches, or
-    all of them side by side (for little data; such a model cannot be written for open_clip or transformers)."""
+    """A vision transformer; size and patch are sides in pixels.
+
+    Args:
+        pool: the class token, the mean of the patches, or all of them side by side (for little data; such a model
+            cannot be written for open_clip or transformers).
+    """
 
     size: int = 224
     patch: int = 32
@@ -40,7 +44,9 @@ class ImageTower(Tower):
 class TextTower(Tower):
     """A causal transformer read at the end token, or one that sees both ways and is averaged.
 
-    vocab: entries of a tokenizer to be trained on the captions (none: CLIP's own of 49,408). context: in tokens.
+    Args:
+        vocab: entries of a tokenizer to be trained on the captions (none: CLIP's own of 49,408).
+        context: in tokens.
     """
 
     vocab: int | None = None
@@ -52,8 +58,13 @@ class TextTower(Tower):
 
 @dataclass(frozen=True, kw_only=True)
 class AudioTower(Tower):
-    """A vision transformer over log-mel spectrograms, its patches averaged. seconds: of sound that a picture of it
-    shows, 10 ms a row (longer sounds are cut, shorter ones padded); mels: its columns; patch: a side, of both."""
+    """A vision transformer over log-mel spectrograms, its patches averaged.
+
+    Args:
+        seconds: of sound that a picture of it shows, 10 ms a row (longer sounds are cut, shorter ones padded)
+        mels: its columns.
+        patch: a side, of both.
+    """
 
     seconds: float = 10.0
     mels: int = 128
@@ -67,11 +78,12 @@ class AudioTower(Tower):
 class Shape:
     """A CLIP to be trained from scratch; the default is the size of ViT-B/32.
 
-    scale: the first factor on cosines (none: 1 / 0.07, for a siglip loss 10 with an offset of -10).
-    image_backbone: what takes the place of `image`: any of timm's models by its name, with new weights, or a checkpoint
-    (directory or owner/model) of a ViT or CLIP, whose image tower and preprocessing are taken and get a new projection
-    (`lock.image: 0` trains that and the final norm alone).
-    audio: a third tower, for sounds (none: there is none).
+    Args:
+        scale: the first factor on cosines (none: 1 / 0.07, for a siglip loss 10 with an offset of -10).
+        image_backbone: what takes the place of `image`: any of timm's models by its name, with new weights, or a
+            checkpoint (directory or owner/model) of a ViT or CLIP, whose image tower and preprocessing are taken and
+            get a new projection (`lock.image: 0` trains that and the final norm alone).
+        audio: a third tower, for sounds (none: there is none).
     """
 
     dim: int = 512
@@ -90,14 +102,16 @@ class Shape:
 class Loss:
     """The contrastive loss, the mean over every two of image, text and audio that a batch holds.
 
-    kind: softmax over the batch (CLIP), or a sigmoid of every pair (siglip), which trains an offset of the logits too.
-    smoothing: the share of a softmax's target that is spread over the whole batch.
-    positives: what is right for a row: its own pair alone, or all rows of its group, which are those with an equal
-    `group` in the table or, where it has none, equal captions. Equal captions in a batch are counted where they are
-    not positives.
-    matryoshka: numbers of leading dimensions that should serve alone too; the loss is the mean over them and all.
-    chunk: rows that go through the towers at a time, at the memory of so many and the gradient of the whole batch
-    (GradCache; none: all of a process's rows).
+    Args:
+        kind: softmax over the batch (CLIP), or a sigmoid of every pair (siglip), which trains an offset of the logits
+            too.
+        smoothing: the share of a softmax's target that is spread over the whole batch.
+        positives: what is right for a row: its own pair alone, or all rows of its group, which are those with an
+            equal `group` in the table or, where it has none, equal captions. Equal captions in a batch are counted
+            where they are not positives.
+        matryoshka: numbers of leading dimensions that should serve alone too; the loss is the mean over them and all.
+        chunk: rows that go through the towers at a time, at the memory of so many and the gradient of the whole batch
+            (GradCache; none: all of a process's rows).
     """
 
     kind: Literal["softmax", "siglip"] = "softmax"
@@ -117,10 +131,13 @@ class Loss:
 
 @dataclass(frozen=True, kw_only=True)
 class Lock:
-    """What does not train and so has no gradient, no optimizer state and no place in checkpoints.
+    """Towers that do not train, and so have no gradient, no optimizer state and no place in checkpoints.
 
-    image: true locks the whole tower (LiT), a number all of it but so many of its last blocks, final norm and head.
-    text: likewise. audio: likewise.
+    Args:
+        image: true locks the whole tower (LiT), a number N all of it but its last N blocks, final norm
+            and head.
+        text: the same for the text tower.
+        audio: the same for the audio tower.
     """
 
     image: bool | int = False
@@ -132,8 +149,11 @@ class Lock:
 class Lora:
     """Low-rank changes, merged into the exported model, are all that trains of these towers.
 
-    towers: some of image, text and audio. rank: of the changes. alpha: they are multiplied by alpha / rank.
-    layers: ends of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
+    Args:
+        towers: some of image, text and audio.
+        rank: the rank of the changes.
+        alpha: the changes are multiplied by alpha / rank.
+        layers: ends of the names of the linear layers to change, such as qkv or mlp.up (none: all of them).
     """
 
     towers: tuple[str, ...] = ("image", "text")
@@ -146,11 +166,18 @@ class Lora:
 class Optim:
     """AdamW with warm-up and a schedule.
 
-    lr: the highest learning rate. weight_decay: of matrices. beta1, beta2 and eps: AdamW's. warmup: the steps in which
-    `lr` is reached. schedule: after the warm-up `lr` falls as a cosine or, of `wsd`, stays until the last steps and
-    falls straight. decay: the share of all steps in which it falls (wsd). final: what is left of `lr` at the end.
-    clip: the largest gradient norm (0: any). ema: the decay of the averaged weights that are evaluated and exported
-    (0: the weights themselves).
+    Args:
+        lr: the highest learning rate.
+        weight_decay: AdamW's weight decay, applied to matrices.
+        beta1: AdamW's decay of the mean of gradients.
+        beta2: AdamW's decay of the mean of squared gradients.
+        eps: AdamW's epsilon.
+        warmup: steps in which the learning rate rises from 0 to `lr`.
+        schedule: after the warm-up the learning rate falls as a cosine, or (wsd) stays and then falls linearly.
+        decay: the share of all steps in which it falls (wsd).
+        final: the share of `lr` that is left at the end.
+        clip: the largest gradient norm (0: any).
+        ema: the decay of the averaged weights that are evaluated and exported (0: the weights themselves).
     """
 
     lr: float = 5e-4
@@ -179,10 +206,16 @@ class Optim:
 class Trainer:
     """How long a run is, and on what.
 
-    max_steps: of the optimizer. seed: of the order of the data, of new weights and of all that is drawn. accelerator:
-    cpu, gpu, or auto. devices: processes, on one GPU each. precision: auto is bf16-mixed on a GPU, 32-true elsewhere.
-    threads: of the CPU (none: PyTorch's choice). log, evaluate and save: every so many steps. The last two also happen
-    at the end.
+    Args:
+        max_steps: how many steps the optimizer takes.
+        seed: fixes the order of the data, new weights and every random draw.
+        accelerator: cpu, gpu, or auto.
+        devices: processes, on one GPU each.
+        precision: auto is bf16-mixed on a GPU, 32-true elsewhere.
+        threads: CPU threads (none: PyTorch's choice).
+        log: steps between two lines of the log.
+        evaluate: steps between two evaluations; there is one at the end as well.
+        save: steps between two checkpoints; there is one at the end as well.
     """
 
     max_steps: int = 1000
@@ -205,7 +238,8 @@ class Trainer:
 class Export:
     """The model directory written at the end.
 
-    dtype: of its weights.
+    Args:
+        dtype: the type of its weights.
     """
 
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
@@ -215,11 +249,14 @@ class Export:
 class ClipJob:
     """Train a CLIP on pairs of pictures, captions and sounds.
 
-    out: the directory of the run; the same command continues what is there. model: a checkpoint (directory or hub
-    name) to fine-tune, with its own preprocessing and tokenizer, instead of a new model of this `shape`. lora: none
-    trains the towers themselves. patch_dropout: the share of every picture's patches that training leaves out (none:
-    what the model or the shape says). shard: spread weights, gradients and optimizer state over the devices (FSDP2)
-    instead of a copy on each (DDP).
+    Args:
+        out: the directory of the run; the same command continues what is there.
+        model: a checkpoint (directory or hub name) to fine-tune, with its own preprocessing and tokenizer, instead of
+            a new model of this `shape`.
+        lora: none trains the towers themselves.
+        patch_dropout: the share of every picture's patches that training leaves out (none: what the model or the
+            shape says).
+        shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
     """
 
     data: Data

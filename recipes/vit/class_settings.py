@@ -11,13 +11,15 @@ from mm.errors import InputError
 class ClassData:
     """Pictures with classes, and how they are read.
 
-    path: a folder with a sub-folder of pictures per class, or with train and val folders of such; a CSV, TSV or JSONL
-    file with columns image, label and, if there is one, split; a folder that holds such a file named items or
-    metadata; or .tar shards with .cls or .json labels.
-    val: the same kinds of source to evaluate on (none: the split of `path` or, where it has none, what is held out).
-    holdout: the share of every class that is held out for evaluation where nothing else is.
-    size: the side in pixels at which pictures are seen (none: the model's own, 224 for a new one).
-    workers: processes that read pictures.
+    Args:
+        path: a folder with a sub-folder of pictures per class, or with train and val folders of such; a CSV, TSV or
+            JSONL file with columns image, label and, if there is one, split; a folder that holds such a file named
+            items or metadata; or .tar shards with .cls or .json labels.
+        val: the same kinds of source to evaluate on (none: the split of `path` or, where it has none, what is held
+            out).
+        holdout: the share of every class that is held out for evaluation where nothing else is.
+        size: the side in pixels at which pictures are seen (none: the model's own, 224 for a new one).
+        workers: processes that read pictures.
     """
 
     path: str
@@ -38,10 +40,16 @@ class ClassData:
 class ClassAugment:
     """What happens to training pictures, by timm.
 
-    crop: the smallest share of a picture's area that a random crop keeps (1: the whole picture, as in evaluation).
-    flip: the probability of a mirror image. policy: an AutoAugment, RandAugment or AugMix string (empty: none).
-    jitter: of brightness, contrast and saturation, where there is no policy. erase: the probability that a random box
-    is erased. mixup, cutmix: their alphas (0: off); mix: the share of batches that are mixed.
+    Args:
+        crop: the smallest share of a picture's area that a random crop keeps (1: the whole picture, as in
+            evaluation).
+        flip: the probability of a mirror image.
+        policy: an AutoAugment, RandAugment or AugMix string (empty: none).
+        jitter: of brightness, contrast and saturation, where there is no policy.
+        erase: the probability that a random box is erased.
+        mixup: their alphas (0: off)
+        cutmix: their alphas (0: off)
+        mix: the share of batches that are mixed.
     """
 
     crop: float = 0.25

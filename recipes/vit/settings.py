@@ -13,8 +13,13 @@ from .class_settings import ClassAugment, ClassData
 
 @dataclass(frozen=True, kw_only=True)
 class VitShape:
-    """A vision transformer to be trained from scratch; the default is the size of ViT-S/16. patch: a side in pixels;
-    mlp: the ratio of hidden to model width; pool: the class token or the mean of the patches."""
+    """A vision transformer to be trained from scratch; the default is the size of ViT-S/16.
+
+    Args:
+        patch: a side in pixels.
+        mlp: the ratio of hidden to model width.
+        pool: the class token or the mean of the patches.
+    """
 
     patch: int = 16
     width: int = 384
@@ -27,7 +32,11 @@ class VitShape:
 
 @dataclass(frozen=True, kw_only=True)
 class VitLoss:
-    """Cross-entropy. smoothing: the share of each target that is spread over all classes."""
+    """Cross-entropy.
+
+    Args:
+        smoothing: the share of each target that is spread over all classes.
+    """
 
     smoothing: float = 0.1
 
@@ -55,13 +64,15 @@ class VitOptim(Optim):
 class VitJob:
     """Train or fine-tune a vision transformer as a classifier.
 
-    out: the directory of the run; the same command continues what is there.
-    model: a checkpoint (directory or hub name; of a CLIP its image tower) to go on from, instead of a new `shape`.
-    head: `same` keeps a classifier whose classes are those of the data; `new` replaces it whatever it was. A model
-    without a classifier gets a new one in any case.
-    freeze: `backbone` trains the classifier alone, on features that are computed once, from pictures as evaluation
-    sees them.
-    drop_path: the probability that a picture skips a block in training, growing from 0 at the first to this.
+    Args:
+        out: the directory of the run; the same command continues what is there.
+        model: a checkpoint (directory or hub name; of a CLIP its image tower) to go on from, instead of a new
+            `shape`.
+        head: `same` keeps a classifier whose classes are those of the data; `new` replaces it whatever it was. A
+            model without a classifier gets a new one in any case.
+        freeze: `backbone` trains the classifier alone, on features that are computed once, from pictures as
+            evaluation sees them.
+        drop_path: the probability that a picture skips a block in training, growing from 0 at the first to this.
     """
 
     data: ClassData

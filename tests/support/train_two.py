@@ -6,7 +6,7 @@ import torch
 
 from mm.recipes.codec.fit import fit
 from mm.recipes.codec.settings import CodecJob
-from mm.recipes.commands.train import parse
+from mm.recipes.common.command import parse
 
 
 def process(rank: int, port: int, argv: list[str]) -> None:

@@ -11,7 +11,8 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from mm.recipes.commands.train import KINDS, imported, parse
+from mm.recipes.commands.train import KINDS
+from mm.recipes.common.command import imported, parse
 
 
 class Trial:
@@ -24,7 +25,7 @@ class Trial:
         return ["--config", str(data / "config.yaml"), "--data.path", str(data / self.data), "--out", str(out), *more]
 
     def train(self, data: Path, out: Path, *more: str) -> Path:
-        fit, settings, _ = KINDS[self.kind]
+        settings, _, fit = KINDS[self.kind]
         imported(fit)(parse(imported(settings), f"mm train {self.kind}", self.options(data, out, *more)))
         return out
 

@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from mm.errors import InputError
-from mm.recipes.bench.attention import attention
+from mm.recipes.bench.attention import Attention, attention
 from mm.recipes.bench.attention_compile import Compiled, cases
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU")
 def test_a_machine_without_a_gpu_is_told_in_one_sentence():
     with pytest.raises(InputError, match="on a CUDA GPU, and this machine has none"):
-        attention(["--suite", "full"])
+        attention(Attention(suite="full"))
 
 
 def test_an_architecture_that_is_not_known_is_named():
     with pytest.raises(InputError, match="--arch should be one of 80, 90, 100, not 75"):
-        attention(["--suite", "compile", "--arch", "75"])
+        attention(Attention(suite="compile", arch=75))
 
 
 def test_spills_fail_a_report():

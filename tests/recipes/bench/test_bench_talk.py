@@ -55,4 +55,4 @@ def test_each_speaker_says_something_else(tmp_path):
 
 def test_a_server_that_does_not_start(tmp_path):
     with pytest.raises(InputError, match="the server did not start: mm: "):
-        bench.talk(["--model", str(tmp_path), "--seconds", "1"])
+        bench.talk(bench.Talk(model=str(tmp_path), seconds=1))

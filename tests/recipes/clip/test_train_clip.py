@@ -26,7 +26,7 @@ from mm.recipes.clip.fit import fit, starting_model
 from mm.recipes.clip.loss import clip_loss
 from mm.recipes.clip.module import ClipRecipe
 from mm.recipes.clip.pairs import read_pairs
-from mm.recipes.commands.train import parse
+from mm.recipes.common.command import parse
 from mm.recipes.data.sampler import generator
 from mm.recipes.train.optim import adamw, rate, update_average
 from mm.recipes.train.run import read_log

@@ -22,7 +22,7 @@ from mm.recipes.clip.data import Batch
 from mm.recipes.clip.fit import starting_model
 from mm.recipes.clip.module import ClipRecipe
 from mm.recipes.clip.pairs import read_pairs
-from mm.recipes.commands.train import parse
+from mm.recipes.common.command import parse
 from mm.recipes.train.run import read_log
 from mm.recipes.train.settings import ClipJob, Lock, Lora, Loss, Optim
 

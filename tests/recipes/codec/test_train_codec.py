@@ -29,7 +29,7 @@ from mm.recipes.codec.module import CodecRecipe
 from mm.recipes.codec.quality import si_sdr, used
 from mm.recipes.codec.settings import CodecJob, CodecLoss
 from mm.recipes.codec.teacher import pooled, standardise, teacher
-from mm.recipes.commands.train import parse
+from mm.recipes.common.command import parse
 from mm.recipes.data.sampler import Order
 from mm.recipes.train.run import read_log
 

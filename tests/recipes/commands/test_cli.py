@@ -6,6 +6,7 @@ import pytest
 
 from mm.recipes.cli import COMMANDS, main
 from mm.recipes.commands.bench import BENCHES
+from mm.recipes.commands.train import KINDS
 
 
 def test_help_imports_nothing_heavy():
@@ -16,10 +17,11 @@ def test_help_imports_nothing_heavy():
     assert all(name in done.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("target", [target for target, _ in [*COMMANDS.values(), *BENCHES.values()]])
+@pytest.mark.parametrize("target", [target for target, *_ in [*COMMANDS.values(), *BENCHES.values(), *KINDS.values()]])
 def test_every_command_exists(target):
     module, function = target.split(":")
-    assert callable(getattr(importlib.import_module(module), function))
+    found = getattr(importlib.import_module(module), function)
+    assert callable(found) or isinstance(found, dict)
 
 
 @pytest.mark.parametrize("argv", [["serch"], ["bench", "clp"], ["search", "/nowhere.lance", "a cat"],

@@ -109,8 +109,7 @@ def test_an_hour_takes_no_more_memory_than_a_minute(room, tmp_path):
 
 
 def test_help_names_the_three(capsys):
-    with pytest.raises(SystemExit):
-        main(["codec", "--help"])
+    assert main(["codec", "--help"]) == 0
     said = capsys.readouterr().out
     assert all(name in said for name in ("encode", "decode", "play"))
 

@@ -11,13 +11,18 @@ from safetensors.torch import save_file
 from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes.cli import main
-from mm.recipes.commands.convert import convert
+from mm.recipes.commands.convert import Convert
+from mm.recipes.common.command import parse
 from mm.tokenizer.tokenizer import clip_tokenizer, train_bpe
 
 open_clip = pytest.importorskip("open_clip")
 transformers = pytest.importorskip("transformers")
 
 TEXTS = ["a photo of a dog", "red apple"]
+
+
+def convert(argv):
+    return parse(Convert, "mm convert", argv).run() or 0
 
 
 def redraw(model):

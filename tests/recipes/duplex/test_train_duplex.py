@@ -26,7 +26,7 @@ from mm.codecs import Mimi
 from mm.codecs.file import Header, Writer
 from mm.errors import InputError
 from mm.recipes.cli import main
-from mm.recipes.commands.train import parse
+from mm.recipes.common.command import parse
 from mm.recipes.data.dialogues import (
     Codes,
     Dialogue,

@@ -195,7 +195,7 @@ def test_as_many_places_as_a_step_is_fast_enough_for(model, monkeypatch):
         room(0)
     monkeypatch.undo()
     assert 0 < capacity.step_seconds(partner, 2) < 5
-    assert f"at most {capacity.COUNTS[-1]})" in " ".join(command.arguments().format_help().split())
+    assert f"at most {capacity.COUNTS[-1]}." in " ".join(command.Serving.__doc__.split())
 
 
 def test_a_server_from_start_to_stop(model):

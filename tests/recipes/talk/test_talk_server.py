@@ -336,8 +336,7 @@ def test_https_and_another_page(partner, tmp_path):
     (tmp_path / "dist").mkdir()
     (tmp_path / "dist" / "index.html").write_text("theirs")
     (tmp_path / "dist" / "app.js").write_text("1")
-    args = command.arguments().parse_args(["--cert", str(cert), "--key", str(key), "--static", str(tmp_path / "dist"),
-                                           "--port", "0"])
+    args = command.Talk(cert=cert, key=key, static=tmp_path / "dist", port=0)
     server, ready = Server(partner, 1, command.address_of(args)), []
 
     async def go():
