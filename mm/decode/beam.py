@@ -34,7 +34,7 @@ class Found:
 
 @dataclass
 class Search:
-    """The beams of one prompt: those that go on (ids, score) and those that ended, best first."""
+    """The beams of one prompt: those that continue (ids, score) and those that ended, best first."""
 
     running: list[tuple[list[int], float]]
     found: list[Found] = field(default_factory=list)
@@ -106,7 +106,7 @@ def candidates(logits: Tensor, searches: list[Search], beams: int, keep: int) ->
 
 def grow(search: Search, picks: list[tuple[float, int, int]], beams: int, step: int, ends: set[int], last: bool,
          length_penalty: float) -> list[tuple[int, int]]:
-    """Extend a prompt's beams by one token; returns (the beam it came from, token) for each that goes on.
+    """Extend a prompt's beams by one token; returns (source beam, token) for each that continues.
 
     A candidate ends by an end token or by being the last; it counts when it is among the first `beams`. A search is
     done when no running beam could beat the worst of its `beams` ended ones.

@@ -10,15 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mm.decode.requests import (
-    Cache,
-    LanguageModel,
-    Prefix,
-    Request,
-    TextStream,
-    check_prompt,
-    default_eos,
-)
+from mm.decode.requests import Cache, LanguageModel, Prefix, Request, TextStream, check_prompt, default_eos
 from mm.decode.sampling import GREEDY, Sampling, choose, controls
 from mm.decode.speculate import Proposer
 from mm.errors import InputError
@@ -158,7 +150,7 @@ class Engine:
             self.accept(i, tokens[i])
 
     def eager_step(self) -> Tensor:
-        """`plain_step`, told whether all rows run and how far they reach."""
+        """Run `plain_step` with two facts about the rows: whether all of them run, and how far they reach."""
         return self.plain_step(all(map(running, self.rows)), self.reach())
 
     def reach(self, more: int = 0) -> int:

@@ -1,4 +1,4 @@
-"""Around the steps of decoding: the model that is asked, prompts, requests in line, and text as it is written."""
+"""The surroundings of decoding: the interface of a language model, prompts, requests, and text as it is written."""
 
 from __future__ import annotations
 
@@ -193,7 +193,7 @@ class Request:
         if token in eos and self.sampling.eos:
             return self.end("eos")
         self.out.append(token)
-        self.tell(self.stream.push(token))
+        self.give_text(self.stream.push(token))
         if self.stream.stopped:
             return self.end("stop")
         if len(self.out) >= self.sampling.max_tokens:
@@ -204,10 +204,10 @@ class Request:
         """Give out the rest of the text, which may still complete a stop string."""
         self.reason = reason
         if reason != "stop":
-            self.tell(self.stream.flush())
+            self.give_text(self.stream.flush())
             self.reason = "stop" if self.stream.stopped else reason
         return True
 
-    def tell(self, piece: str) -> None:
+    def give_text(self, piece: str) -> None:
         if piece and self.on_text is not None:
             self.on_text(piece)

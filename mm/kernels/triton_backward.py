@@ -212,7 +212,7 @@ def backward_keys(grad, q, k, v, dk, dv, lse, delta, q_at, k_at, q_rope, k_rope,
 def backward_bias(grad, q, k, v, lse, delta, sums, bucket, q_at, k_at, q_rope, k_rope, bias, seed, spans, scale, T, S,
                   plan: tl.constexpr):
     """Grid (tiles of queries * B, K): sums (B, H, T, plan.buckets) gets each query's gradient of each bucket. Only the
-    buckets between the least and the greatest offset of a tile are looked at: one, far from the diagonal."""
+    buckets between the least and the greatest offset of a tile are summed: one, far from the diagonal."""
     tile, kv_head, b = place(tl.cdiv(T * plan.group, plan.rows))
     first = tile * plan.rows
     start, offsets, token, head = rows_of(q, b, kv_head, first, plan)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from mm.kernels import triton_plan as plans
 from mm.kernels.triton_backward import backward_bias, backward_keys, backward_queries
-from mm.kernels.triton_forward import decode, forward, forward_hopper, join
+from mm.kernels.triton_forward import decode, forward, join
 from mm.kernels.triton_plan import KernelArgs, Tile, decode_tile, forward_tile, key_tile, plan_of, query_tile
 from mm.kernels.triton_tile import Heads, Line, Plan, Rotated, Where
 from mm.kernels.triton_visibility import reach_keys, reach_queries
@@ -73,10 +73,6 @@ def attention(args: KernelArgs) -> tuple[Tensor, Tensor]:
     if splits(args):
         decode_in(splits(args), args, out, lse)
         return out, lse
-    hopper = plans.HOPPER_IS_FASTER and plans.suits_hopper(args)
-    if hopper and torch.cuda.get_device_capability(args.q.device) == (9, 0):
-        forward_on_hopper(args, out, lse)
-        return out, lse
     tile = forward_tile(args)
     tile = plans.fitted(tile, args, tile.rows * row_bytes(args.q), "keys", args.k_cos)
     over_queries(args, forward, tile, heads(args.q), heads(args.k), heads(args.v), heads(out), lse, *where(args),
@@ -92,15 +88,6 @@ def over_queries(args: KernelArgs, kernel: Any, tile: Tile, *given: Any) -> None
            *args.lengths, plan=plan, **tile.options)
 
 
-def forward_on_hopper(args: KernelArgs, out: Tensor, lse: Tensor) -> None:
-    tile, device = plans.HOPPER_TILE, args.q.device
-    plan = plan_of(args, tile)
-    triton.set_allocator(lambda size, align, stream: torch.empty(size, dtype=torch.int8, device=device))
-    grid = (triton.cdiv(args.q.shape[2], plan.rows) * len(out), out.shape[1])
-    launch(forward_hopper, grid, heads(args.q), heads(args.k), heads(args.v), heads(out), lse, args.sinks, args.scale,
-           *args.lengths, plan=plan, **tile.options)
-
-
 def splits(args: KernelArgs) -> int:
     """Count the parts into which `decode` splits keys: as many as fill the GPU twice, where all rows are one small tile
     and keys are many; 0 where they are not."""
@@ -113,7 +100,7 @@ def splits(args: KernelArgs) -> int:
 
 
 def decode_in(pieces: int, args: KernelArgs, out: Tensor, lse: Tensor) -> None:
-    """Run `decode` with the keys in so many pieces, or fewer, then `join` them."""
+    """Run `decode` with the keys in at most this many pieces, then `join` them."""
     batch, count, length, width = out.shape
     tile = decode_tile(args)
     plan = plan_of(args, tile)

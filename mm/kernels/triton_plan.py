@@ -68,7 +68,7 @@ class KernelArgs:
         return self.regular and self.q_cos is None and self.k_cos is None and self.bias is None and not self.softcap
 
     def bias_table(self) -> Tensor | None:
-        """What the kernels read a bias from: (H, 2 * reach + 1) values by offset as int16 halves, or (H,) slopes."""
+        """The bias as the kernels read it: (H, 2 * reach + 1) values by offset as int16 halves, or (H,) slopes."""
         if self.buckets is None:
             return None if self.bias is None else self.bias.float().contiguous()
         return self.bias.float()[self.buckets].T.contiguous().view(torch.int16)
@@ -87,10 +87,6 @@ class Tile:
     @property
     def options(self) -> dict[str, int]:
         return {"num_warps": self.warps, "num_stages": self.stages}
-
-
-HOPPER_TILE = Tile(128, 128, 4, 2)
-HOPPER_IS_FASTER = False  # than `forward`: nobody has measured it yet (`mm bench attention` does)
 
 
 def forward_tile(args: KernelArgs) -> Tile:
@@ -126,15 +122,6 @@ def key_tile(args: KernelArgs) -> Tile:
         rotated = args.widest > 64 and args.q_cos is not None
         return Tile(64 if args.widest <= 64 or args.plain and not args.dropout else 32, 64 if rotated else 128, 8, 2)
     return Tile(32 if args.widest <= 192 else 16, 64, 8, 2)
-
-
-def suits_hopper(args: KernelArgs) -> bool:
-    """Whether `forward_hopper` can do it: plain runs of 16-bit heads, 64 or 128 wide, where descriptors can point."""
-    heads = (args.q, args.k, args.v)
-    return (args.regular and args.q_cos is None and args.k_cos is None and args.bias is None and not args.dropout
-            and args.q.element_size() == 2 and args.q.shape[3] == args.v.shape[3] and args.q.shape[3] in (64, 128)
-            and args.q.shape[2] >= HOPPER_TILE.rows
-            and all(x.data_ptr() % 16 == 0 and all(stride % 8 == 0 for stride in x.stride()[:3]) for x in heads))
 
 
 def shared_memory(device: torch.device) -> int:

@@ -12,7 +12,7 @@ import triton.language as tl
 
 from mm.kernels.triton_tile import place, wide
 
-BLOCK: tl.constexpr = tl.constexpr(1024)  # tokens of the other side that are looked at in one step
+BLOCK: tl.constexpr = tl.constexpr(1024)  # tokens of the other side that one step reads
 
 
 # ------------------------------------------------------------------------------------------ positions, masks

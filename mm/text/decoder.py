@@ -59,9 +59,9 @@ class TextDecoder(Pretrained):
         or coordinates (B, T, A) of a rope of several axes. documents: (B, T) ids of packed documents, -1 for padding,
         which do not see each other. mask: (B, T) bool, False for padding on either side. state: continue a stream;
         rows: (B,) bool, those that advance. memory: (B, S, M) of an encoder, or `remember` of it, once for many steps.
-        routes: a list that gets the route of every mixture of experts (`nn.balance`). within: a bound that the caller
-        knows of all positions in the state and the call, so that no more is looked at. Raises InputError on wrong
-        shapes or dtypes; values are not read.
+        routes: a list that gets the route of every mixture of experts (`nn.balance`). within: a bound on all positions
+        in the state and the call, where the caller knows one, so that no more slots are read. Raises InputError on
+        wrong shapes or dtypes; values are not read.
         """
         shape = self.check(ids, embeddings, positions, documents, mask)
         at = self.where(shape, positions, documents, mask, state, within)
@@ -74,8 +74,9 @@ class TextDecoder(Pretrained):
 
     def look_ahead(self, ids: Tensor, hidden: Tensor, *, positions: Tensor | None = None,
                    documents: Tensor | None = None, mask: Tensor | None = None) -> list[tuple[Tensor, Tensor]]:
-        """What head k = 1, 2, ... makes of ids (B, T) and what `hidden` made of them, called with the same arguments:
-        (hidden (B, T - k, D), rows that exist (B, T - k) bool). `logits` of row t are for the token at t + k + 1."""
+        """Run the multi-token heads k = 1, 2, ... on ids (B, T) and the output of `hidden` for the same arguments:
+        (hidden (B, T - k, D), rows that exist (B, T - k) bool) each. `logits` of row t are for the token at t + k + 1.
+        """
         at = self.where(self.check(ids, None, positions, documents, mask), positions, documents, mask)
         return look_ahead(self.ahead, self.embed, ids, hidden, at)
 
@@ -87,12 +88,11 @@ class TextDecoder(Pretrained):
 
     def where(self, shape: tuple[int, int], positions: Tensor | None, documents: Tensor | None, mask: Tensor | None,
               state: StackState | None = None, within: int | None = None) -> At:
-        """Where the tokens of a call are; T of them below position T begin their rows."""
+        """Locate the tokens of a call; without a state, rows begin at position 0."""
         device = self.embed.tokens.weight.device
         coords = positions if positions is not None and positions.ndim == 3 else None
-        flat = None if coords is not None else positions
-        if flat is not None:
-            return At(flat, document=documents)
+        if positions is not None and coords is None:
+            return At(positions, document=documents)
         if state is not None and mask is not None:
             steps = padded(mask).position
             return At(torch.where(steps < 0, steps, state.offset[:, None] + steps), documents, coords=coords)

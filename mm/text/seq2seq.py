@@ -1,4 +1,4 @@
-"""The encoder-decoder: a text read from both sides, answered from left to right (Vaswani et al., 2017)."""
+"""The encoder-decoder: an encoder reads a text from both sides, a decoder answers it (Vaswani et al., 2017)."""
 
 from __future__ import annotations
 
@@ -56,8 +56,8 @@ class Seq2Seq(Pretrained):
         return self.encoder(self.decoder.embed.look_up(ids), where(ids, mask, documents))
 
     def remember(self, ids: Tensor, mask: Tensor | None = None, documents: Tensor | None = None) -> Memory:
-        """What every layer of the decoder reads of a text: `memory` of `decoder.hidden`, for many steps. An answer
-        reads the source of its own document."""
+        """Encode a text and project it to the keys and values of every decoder layer: `memory` of `decoder.hidden`, for
+        many steps. An answer reads the source of its own document."""
         return self.decoder.stack.remember(self.encode(ids, mask, documents), where(ids, mask, documents))
 
     @torch.no_grad()

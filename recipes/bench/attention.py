@@ -182,8 +182,10 @@ def speed(name: str, measured: Measured, flops: float, floor: float | None, ceil
 def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     """The forward pass by `forward_hopper`, which nothing else chooses before it is measured."""
     from mm.kernels.operator import kernel_args
-    from mm.kernels.triton_launch import by_token, forward_on_hopper
+    from mm.kernels.triton_launch import by_token
     from mm.kernels.triton_plan import KernelArgs
+
+    from .attention_hopper import forward_on_hopper
 
     def run() -> Tensor:
         call, out = KernelArgs(*kernel_args(q, k, v, problem)), by_token(q, v.shape[3])

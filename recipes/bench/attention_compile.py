@@ -110,12 +110,14 @@ def binaries(question: Question, dtype: torch.dtype, arch: int) -> list[Binary]:
     from mm.kernels import triton_launch, triton_plan
     from mm.kernels.operator import kernel_args
 
+    from .attention_hopper import forward_on_hopper, suits_hopper
+
     meta = torch.device("meta")
     call = triton_plan.KernelArgs(*kernel_args(*question.tensors(meta, dtype), question.problem(meta)))
     with elsewhere(arch) as compiled, torch.no_grad():
         out, lse = triton_launch.attention(call)
-        if arch == 90 and triton_plan.suits_hopper(call):
-            triton_launch.forward_on_hopper(call, out, lse)
+        if arch == 90 and suits_hopper(call):
+            forward_on_hopper(call, out, lse)
         if question.trained:
             triton_launch.gradients(call, torch.empty_like(out), out, lse)
     return compiled

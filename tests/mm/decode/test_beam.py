@@ -6,7 +6,7 @@ import transformers
 from support import redraw
 
 from mm import Sampling, TextDecoder
-from mm.decode.beam import Beams, beam_search
+from mm.decode import Beams, beam_search
 from mm.errors import InputError
 
 

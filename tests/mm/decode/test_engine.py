@@ -8,9 +8,7 @@ import torch
 from support import attention, redraw, stack
 
 from mm import TextDecoder, spec
-from mm.decode.engine import Engine
-from mm.decode.sampling import Sampling
-from mm.decode.speculate import PromptLookup
+from mm.decode import Engine, PromptLookup, Sampling
 from mm.errors import InputError
 from mm.lowbit import quantize
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
@@ -95,8 +93,6 @@ def test_a_prefix_goes_on_in_another_process(tmp_path):
     MODEL.save_pretrained(tmp_path / "model")
     code = f"""
 from mm import TextDecoder
-from mm.decode.engine import Engine
-from mm.decode.sampling import Sampling
 engine = Engine(TextDecoder.from_pretrained({str(tmp_path / "model")!r}), 3, 50, 4)
 prefix = engine.load_prefix(range(17), {str(tmp_path / "prefix.safetensors")!r})
 request = engine.submit(range(30), {WAYS[2]!r}, prefix=prefix)

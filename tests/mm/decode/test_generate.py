@@ -6,7 +6,7 @@ import transformers
 from support import redraw
 
 from mm import TextDecoder
-from mm.decode.sampling import Sampling
+from mm.decode import Sampling
 from mm.errors import InputError
 from mm.recipes.weights import stories260k
 

@@ -7,9 +7,7 @@ import torch
 from support import attention, redraw, stack
 
 from mm import TextDecoder, spec
-from mm.decode.engine import Engine
-from mm.decode.sampling import Sampling
-from mm.decode.speculate import Ahead, Draft, PromptLookup
+from mm.decode import Ahead, Draft, Engine, PromptLookup, Sampling
 from mm.errors import InputError
 from mm.positions.visibility import along
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window

@@ -16,11 +16,12 @@ from mm.kernels import triton_launch as run
 from mm.kernels.operator import by_kernel
 from mm.kernels.options import AttentionOptions
 from mm.kernels.plain import reference
-from mm.kernels.triton_plan import KernelArgs, suits_hopper
+from mm.kernels.triton_plan import KernelArgs
 from mm.nn.state import Slots
 from mm.positions import rope
 from mm.positions.absolute import AlibiBias, BucketBias, ByOffset
 from mm.positions.visibility import At, along, packed, padded
+from mm.recipes.bench.attention_hopper import forward_on_hopper, suits_hopper
 from mm.spec import CAUSAL, EVERYWHERE, Alibi, Axial, Buckets, Rope, Window
 
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -138,7 +139,7 @@ def test_the_forward_pass_for_hopper(features):
     assert suits_hopper(call)
     with torch.no_grad():
         (_, sums), y, lse = run.attention(call), run.by_token(case.q), torch.empty(1, 2, 150)
-        run.forward_on_hopper(call, y, lse)
+        forward_on_hopper(call, y, lse)
         assert (y - case.oracle()).abs().max() <= TOLERANCE[torch.float16] * case.oracle().abs().max()
         assert (lse - sums).abs().max() < 1e-2
 

@@ -7,7 +7,7 @@ import torch
 from support import attention, close, redraw, stack
 
 from mm import TextDecoder, spec
-from mm.decode.sampling import Sampling
+from mm.decode import Sampling
 from mm.errors import InputError
 from mm.lowbit import arrange, arrange_for_rows
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope

@@ -8,7 +8,7 @@ from gguf import GGMLQuantizationType, dequantize
 from gguf import quantize as gguf_quantize
 
 from mm import TextDecoder
-from mm.decode.sampling import Sampling
+from mm.decode import Sampling
 from mm.errors import InputError
 from mm.lowbit import quantize
 from mm.lowbit.formats import Int4Linear, Int8Linear, by_torchao

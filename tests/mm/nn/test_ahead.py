@@ -11,8 +11,7 @@ from transformers.cache_utils import MtpCache
 from transformers.modeling_layers import MtpModel
 
 from mm import TextDecoder, spec
-from mm.decode.sampling import Sampling
-from mm.decode.speculate import Ahead
+from mm.decode import Ahead, Sampling
 from mm.errors import InputError
 from mm.spec import CAUSAL, DecoderSpec, Embed, Layer, Rope, Window
 

@@ -5,8 +5,7 @@ import torch
 from support import attention, redraw, stack
 
 from mm import TextDecoder, spec
-from mm.decode.engine import Engine
-from mm.decode.sampling import Sampling
+from mm.decode import Engine, Sampling
 from mm.nn.state import Int8Cache
 from mm.spec import CAUSAL, DecoderSpec, Embed, Rope, Window
 from mm.tree import tensors

@@ -58,8 +58,7 @@ def test_without_a_compiler_the_step_stays_as_it_is(monkeypatch):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_a_captured_step_writes_the_same_text():
     from mm import TextDecoder
-    from mm.decode.engine import Engine
-    from mm.decode.sampling import Sampling
+    from mm.decode import Engine, Sampling
     from mm.recipes.weights import stories260k
 
     model = TextDecoder.from_pretrained(stories260k(), device="cuda")

@@ -10,7 +10,7 @@ import torch
 from packaged import packaged
 
 from mm import TextDecoder
-from mm.decode.sampling import Sampling
+from mm.decode import Sampling
 from mm.lowbit import quantize
 
 GOLDENS = Path(__file__).parent / "goldens"

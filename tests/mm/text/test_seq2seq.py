@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 from support import close, redraw
 
 from mm import Sampling, Seq2Seq
-from mm.decode.beam import Beams
+from mm.decode import Beams
 from mm.errors import InputError
 
 SIZES = {"vocab_size": 61, "d_model": 32, "decoder_start_token_id": 0}
