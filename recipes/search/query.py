@@ -16,7 +16,7 @@ from ..common.command import argument
 from ..common.files import read_bytes
 from .embed import Embedder, SentenceEmbedder, load_embedder
 from .gallery import Section, Shown, write_gallery
-from .short import nearest_short
+from .matryoshka import nearest_short
 from .table import Index, Match
 
 SHOWN = 100  # characters of a passage

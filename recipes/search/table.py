@@ -14,8 +14,6 @@ import numpy as np
 
 from mm.errors import InputError
 
-from .short import PREFIX, arrays, kept
-
 ANN = "{}_idx"
 VERSION = "1"
 ANN_ROWS = 50_000  # from here on the rows are partitioned; below, every row is compared
@@ -24,6 +22,7 @@ KEEP = timedelta(hours=1)  # readers of an older state have that long to finish
 TEXTS = ("path", "hash", "caption")
 NUMBERS = {"pictures": ("size", "mtime_ns", "width", "height"), "texts": ("size", "mtime_ns", "part", "line")}
 KEY = {"pictures": ["path"], "texts": ["path", "part"]}  # what tells rows apart, by what an index holds
+PREFIX = "vector_"  # + dimensions: the columns beside `vector`
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -250,3 +249,15 @@ def _connect(path: Path) -> Any:
     import lancedb
 
     return lancedb.connect(path)
+
+
+def kept(schema: Any) -> list[int]:
+    """The numbers of leading dimensions that a table keeps a column of."""
+    return [int(name.removeprefix(PREFIX)) for name in schema.names if name.startswith(PREFIX)]
+
+
+def arrays(vectors: np.ndarray, dims: int) -> Any:
+    """vectors (n, E) -> an arrow column of their first dimensions; cosines need no unit length."""
+    import pyarrow as pa
+
+    return pa.FixedSizeListArray.from_arrays(pa.array(vectors[:, :dims].astype(np.float32).ravel()), dims)

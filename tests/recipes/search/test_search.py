@@ -24,8 +24,8 @@ from mm.recipes.search import embed, table
 from mm.recipes.search.classify import best, choose_templates, read_labels
 from mm.recipes.search.embed import Embedder
 from mm.recipes.search.index import _gone, open_or_create, refresh
+from mm.recipes.search.matryoshka import kept, nearest_short
 from mm.recipes.search.pictures import walk
-from mm.recipes.search.short import kept, nearest_short
 from mm.recipes.search.table import Index, Row
 
 COLOURS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}

@@ -2,31 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from mm.errors import InputError
 
-if TYPE_CHECKING:
-    from .table import Index, Match
+from .table import PREFIX, Index, Match, arrays, kept
 
-PREFIX = "vector_"  # + dimensions: the columns beside `vector`
 CANDIDATES = 10  # re-ranked per result that is wanted
 LEAST = 200  # re-ranked at least
 ROWS = 10_000  # filled in per commit
-
-
-def kept(schema: Any) -> list[int]:
-    """The numbers of leading dimensions that a table keeps a column of."""
-    return [int(name.removeprefix(PREFIX)) for name in schema.names if name.startswith(PREFIX)]
-
-
-def arrays(vectors: np.ndarray, dims: int) -> Any:
-    """vectors (n, E) -> an arrow column of their first dimensions; cosines need no unit length."""
-    import pyarrow as pa
-
-    return pa.FixedSizeListArray.from_arrays(pa.array(vectors[:, :dims].astype(np.float32).ravel()), dims)
 
 
 def add_short(index: Index, dims: int) -> None:
@@ -60,8 +46,6 @@ def nearest_short(index: Index, vector: np.ndarray, top: int, dims: int) -> list
 
     Raises InputError as it does, and for more dimensions than the vectors have.
     """
-    from .table import Match
-
     index.check_query(vector)
     add_short(index, dims)
     query = index.table.search(vector[:dims], vector_column_name=f"{PREFIX}{dims}").distance_type("cosine")
