@@ -6,9 +6,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 from mm.checkpoint.family import Extras, Family, Keys, ensure_kept
+from mm.checkpoint.hf import CONFIG, FILES, HARMLESS, rope_of
 from mm.checkpoint.tables import Table
 from mm.errors import InputError
-from mm.text.families.hf import CONFIG, FILES, HARMLESS, rope_of
 
 from ..spec import MimiSpec, Quantizer, Seanet, mimi_stack
 from .common import fixed, halved, steps_per_frame, table_of

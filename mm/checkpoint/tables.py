@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
@@ -31,6 +31,8 @@ class WeightTransform:
 
 SAME = WeightTransform(list, list)
 TRANSPOSED = WeightTransform(lambda xs: [xs[0].T], lambda xs: [xs[0].T])
+GATE_UP = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one to two
+STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
 SCALAR = WeightTransform(lambda xs: [xs[0].reshape(())], list, loose=True)
 
 
@@ -64,6 +66,28 @@ class Rule:
 
 def rule(theirs: str | tuple[str, ...], ours: str | tuple[str, ...], transform: WeightTransform = SAME) -> Rule:
     return Rule((theirs,) if isinstance(theirs, str) else theirs, (ours,) if isinstance(ours, str) else ours, transform)
+
+
+def rules_of(rows: Mapping[str, str], transforms: Mapping[str, WeightTransform] | None = None,
+             count: int = 0) -> tuple[Rule, ...]:
+    """Rules from rows of names, theirs: ours, or theirs: ours | the name of one of the `transforms`. In a name, [a b]
+    stands for several names, a and b in its place, and [*] for the numbers below `count`. Rows without ours are left
+    out."""
+    found = []
+    for theirs, row in rows.items():
+        ours, _, name = (part.strip() for part in row.partition("|"))
+        if ours:
+            found.append(Rule(spread(theirs, count), spread(ours, count), (transforms or {})[name] if name else SAME))
+    return tuple(found)
+
+
+def spread(pattern: str, count: int) -> tuple[str, ...]:
+    """The names that a pattern with one [a b] or [*] stands for."""
+    before, bracket, rest = pattern.partition("[")
+    if not bracket:
+        return (pattern,)
+    inside, _, after = rest.partition("]")
+    return tuple(f"{before}{one}{after}" for one in (map(str, range(count)) if inside == "*" else inside.split()))
 
 
 @dataclass(frozen=True)
@@ -133,6 +157,11 @@ class Table:
     def reason(self, name: str) -> str | None:
         """Why a weight of a file is left out, None where it is not."""
         return next((why for pattern, why in self.ignored.items() if re.fullmatch(compiled(pattern), name)), None)
+
+    def renamed(self, change: Callable[[str], str]) -> Table:
+        """The same table for a file whose names, and those that are left out, are changed."""
+        rules = (replace(one, theirs=tuple(change(name) for name in one.theirs)) for one in self.rules)
+        return Table(tuple(rules), {change(name): why for name, why in self.ignored.items()})
 
     def ignores(self, name: str) -> bool:
         return self.reason(name) is not None

@@ -8,12 +8,12 @@ from typing import Any
 
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Extras, Families, Family, Keys, ensure_kept, own_family
+from mm.checkpoint.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF
 from mm.checkpoint.tables import Table, WeightTransform, rule
 from mm.errors import InputError
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
-from mm.text.families.bart import NAMES as BART_NAMES
-from mm.text.families.bart import layer_rules
-from mm.text.families.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF
+from mm.text.families.layers import NAMES as BART_NAMES
+from mm.text.families.layers import layer_rules
 
 from ..spec_hubert import HubertSpec, Samples
 

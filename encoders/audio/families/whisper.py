@@ -7,12 +7,12 @@ from pathlib import Path
 from typing import Any
 
 from mm.checkpoint.family import Extras, Families, Family, Keys, Opened, ensure_kept, own_family
+from mm.checkpoint.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF
 from mm.checkpoint.tables import Rule, Table, rule
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, Attention, DecoderSpec, Embed, Layer, LayerNorm, LearnedTable, Mlp, Stack
-from mm.text.families.bart import NAMES as BART_NAMES
-from mm.text.families.bart import layer_rules
-from mm.text.families.hf import ACTS, CONFIG, FILES, HARMLESS, TO_HF
+from mm.text.families.layers import NAMES as BART_NAMES
+from mm.text.families.layers import layer_rules
 
 from ..logmel import LogMel
 from ..spec_whisper import WhisperSpec

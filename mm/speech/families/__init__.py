@@ -26,8 +26,8 @@ def complete(folder: Folder, opened: Opened) -> Opened:
 OWN = {"has_text": True, "files": files, "complete": complete}
 FAMILIES = Families({"duplex": "duplex model", "csm": "CSM"}, {
     "duplex": (own_family("duplex", DuplexSpec, **OWN), "mm.speech.families.moshi:KYUTAI",
-               "mm.speech.families.hf_moshi:HF_MOSHI"),
-    "csm": (own_family("csm", CSMSpec, **OWN), "mm.speech.families.csm:HF_CSM")},
+               "mm.speech.families.hf_speech:HF_MOSHI"),
+    "csm": (own_family("csm", CSMSpec, **OWN), "mm.speech.families.hf_speech:HF_CSM")},
     ("model*.safetensors", "hibiki-*.safetensors", "dsm_*.safetensors", "pytorch_model*.bin",
      "consolidated.safetensors", "lora.safetensors"),
     {("duplex", ".safetensors"): "mm.speech.families.moshi:read_file"})

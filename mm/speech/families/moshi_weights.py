@@ -8,12 +8,10 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.files import Weights
-from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
+from mm.checkpoint.tables import GATE_UP, STACKED, Rule, Table, WeightTransform, fused, rule
 from mm.spec import Depth, DuplexSpec, Layer, Norm, RMSNorm
 
-STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
 ALPHA = WeightTransform(lambda xs: [xs[0].reshape(-1)], lambda xs: [xs[0].reshape(1, 1, -1)])
-HALVES = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])
 SCALES = "_scb"
 UNUSED = "an input of a depth transformer that the model does not have"
 
@@ -63,7 +61,7 @@ def layer_rules(theirs: str, ours: str, layer: Layer, joined: str, memory: bool)
              *norm_rules(theirs + "norm1", ours + "mixer_norm", layer.norm),
              *norm_rules(theirs + "norm2", ours + "mlp_norm", layer.norm)]
     if layer.mlp.gated:
-        rules += [rule(theirs + "gating.linear_in.weight", (ours + "mlp.gate.weight", ours + "mlp.up.weight"), HALVES),
+        rules += [rule(theirs + "gating.linear_in.weight", (ours + "mlp.gate.weight", ours + "mlp.up.weight"), GATE_UP),
                   rule(theirs + "gating.linear_out.weight", ours + "mlp.down.weight")]
     else:
         rules += [rule(theirs + "linear1.weight", ours + "mlp.up.weight"),

@@ -10,10 +10,10 @@ from typing import Any
 from mm.checkpoint import files as checkpoint
 from mm.checkpoint.family import Keys, Opened
 from mm.checkpoint.files import Folder, Weights
+from mm.checkpoint.hf import FILES
 from mm.checkpoint.tables import Table, rule
 from mm.errors import InputError
 from mm.spec import Dense, EncoderSpec, SentencePooling
-from mm.text.families.hf import FILES
 
 MODULES, LIMITS, SETTINGS = "modules.json", "sentence_bert_config.json", "config_sentence_transformers.json"
 PREFIX = "sentence."  # before the names of the projection's weights, which lie in a file of their own
