@@ -93,6 +93,7 @@ def test_a_prefix_goes_on_in_another_process(tmp_path):
     MODEL.save_pretrained(tmp_path / "model")
     code = f"""
 from mm import TextDecoder
+from mm.decode import Engine, Sampling
 engine = Engine(TextDecoder.from_pretrained({str(tmp_path / "model")!r}), 3, 50, 4)
 prefix = engine.load_prefix(range(17), {str(tmp_path / "prefix.safetensors")!r})
 request = engine.submit(range(30), {WAYS[2]!r}, prefix=prefix)
