@@ -13,12 +13,16 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils.parametrizations import weight_norm
 
+from .conv import Conv, ConvTranspose
+from .mimi import Mimi
 from .quantizer import Codebook, ResidualQuantizer, SplitQuantizer
 from .spec import Learning
 
 FEWEST = 4  # vectors for each centre of k-means
+AXIS = {Conv: 0, ConvTranspose: 2}  # that each length belongs to: an output's, an input's, as torch's own layers do
 
 
 class Learned(NamedTuple):
@@ -147,3 +151,26 @@ def perplexity(codebook: Codebook) -> Tensor:
 def use(codebook: Codebook, expire: float) -> Tensor:
     """The share of entries that are used at least `expire` times the mean."""
     return (codebook.usage >= expire * codebook.usage.mean()).float().mean()
+
+
+# --------------------------------------------------------------------------- weights
+def add_weight_norm(model: Mimi) -> None:
+    """Splits the weights of the SEANet's convolutions, those that train, into a length and a direction each."""
+    for part in normed(model):
+        if part.weight.requires_grad:
+            weight_norm(part, dim=AXIS[type(part)])
+
+
+def folded(model: Mimi) -> Mimi:
+    """A copy with plain weights, whether the model's are split or not, in evaluation mode."""
+    state = {name: value for name, value in model.state_dict().items() if ".parametrizations." not in name}
+    parts = {id(part) for part in normed(model)}
+    state |= {f"{name}.weight": part.weight.detach() for name, part in model.named_modules() if id(part) in parts}
+    made = Mimi(model.spec).to(model.downsample.weight)
+    made.load_state_dict(state)
+    return made.eval().requires_grad_(False)
+
+
+def normed(model: Mimi) -> list[nn.Module]:
+    chains = (model.encoder, model.decoder)
+    return [part for chain in chains for part in chain.modules() if isinstance(part, tuple(AXIS))]

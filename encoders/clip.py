@@ -10,22 +10,68 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.checkpoint.pretrained import load
 from mm.errors import InputError
+from mm.nn.transformer import Transformer
+from mm.positions.visibility import padded
 from mm.tokenizer.tokenizer import Tokenizer
 
 from . import spec
 from .audio.spectrogram import Sound
-from .text import TextTower
-from .vision.backbone import build_image_tower
+from .vision.backbone import Backbone
 from .vision.flex import Flex
 from .vision.image import Preprocess, Source
-from .vision.pretrained import Pretrained
-from .vision.vit import ViT
+from .vision.pooling import Head
+from .vision.vit import ImageEncoder, ViT
 
+open_model = load  # its name in version 0.1
 Part = TypeVar("Part")
 
 
-class CLIP(Pretrained):
+class TextTower(nn.Module):
+    """ids (B, T) -> tokens (B, T, D), after the final norm where the stack has one."""
+
+    def __init__(self, settings: spec.TextSpec):
+        super().__init__()
+        self.spec = settings
+        dim = settings.stack.dim
+        self.tokens = nn.Parameter(torch.empty(settings.vocab, dim))
+        self.positions = nn.Parameter(torch.empty(settings.context, dim))
+        self.stack = Transformer(settings.stack)
+        self.head = Head(dim, settings.head)
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.tokens, std=0.02)
+        nn.init.normal_(self.positions, std=0.01)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        """Raises InputError unless ids are integers (B, T) with 1 <= T <= context."""
+        self.check(ids)
+        x = F.embedding(ids, self.tokens) + self.positions[: ids.shape[1]]
+        real = self.real(ids)
+        return self.stack(x, None if real is None else padded(real))
+
+    def pool(self, tokens: Tensor, ids: Tensor) -> Tensor:
+        """tokens (B, T, D), ids (B, T) -> (B, D), before the projection."""
+        return self.head.pooled(tokens, ids=ids, real=self.real(ids))
+
+    def encode(self, ids: Tensor) -> Tensor:
+        """ids (B, T) -> features (B, E)."""
+        return self.head.proj(self.pool(self(ids), ids))
+
+    def real(self, ids: Tensor) -> Tensor | None:
+        """(B, T) bool: the tokens that are not padding; None where padding counts."""
+        return None if self.spec.pad is None else ids != self.spec.pad
+
+    def check(self, ids: Tensor) -> None:
+        if ids.ndim != 2 or not 0 < ids.shape[1] <= self.spec.context:
+            raise InputError(f"ids should be (B, T), T from 1 to {self.spec.context}, not of shape {tuple(ids.shape)}")
+        if ids.is_floating_point() or ids.dtype == torch.bool:
+            raise InputError(f"ids should be integers, not {ids.dtype}")
+
+
+class CLIP(ImageEncoder):
     """pixels (B, 3, h, w), ids (B, T) -> image features (B, E), text features (B, E), before normalisation.
 
     `logit_scale` () is the logarithm of the factor on cosines; `logit_bias` () is SigLIP's offset or None.
@@ -97,3 +143,8 @@ class CLIP(Pretrained):
         vocab = self.spec.text.vocab
         if self.tokenizer is not None and self.tokenizer.vocab_size > vocab:
             raise InputError(f"{where}: the tokenizer has {self.tokenizer.vocab_size} entries, the embedding {vocab}")
+
+
+def build_image_tower(settings: spec.ViTSpec | spec.Backbone) -> ViT | Backbone:
+    """A ViT, or the model of timm that the spec names."""
+    return Backbone(settings) if isinstance(settings, spec.Backbone) else ViT(settings)

@@ -248,7 +248,7 @@ class ViTSpec:
 
     @property
     def channels(self) -> int:
-        """Of a picture."""
+        """The number of channels of a picture."""
         return self.patches.channels
 
 
@@ -284,7 +284,7 @@ class Backbone:
 
     @property
     def channels(self) -> int:
-        """Of a picture."""
+        """The number of channels of a picture."""
         return next((argument.value for argument in self.arguments if argument.name == "in_chans"), 3)
 
 

@@ -10,7 +10,7 @@ from mm.errors import InputError
 from mm.nn.transformer import Transformer
 
 from .families.hubert import FAMILIES
-from .spec_hubert import HubertSpec
+from .spec import HubertSpec
 
 EPS = 1e-7
 

@@ -14,7 +14,7 @@ from mm.spec import Stack
 from mm.text.decoder import TextDecoder
 
 from .families.whisper import FAMILIES
-from .spec_whisper import WhisperSpec
+from .spec import WhisperSpec
 
 
 class Whisper(pretrained.Pretrained):

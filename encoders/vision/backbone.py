@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from functools import lru_cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,9 +13,6 @@ from mm.errors import InputError
 
 from .. import spec
 from .flex import Flex
-
-if TYPE_CHECKING:
-    from .vit import ViT
 
 
 class Backbone(nn.Module):
@@ -54,12 +51,6 @@ class Backbone(nn.Module):
         return self.head(y)
 
     forward = encode
-
-
-def build_image_tower(settings: spec.ViTSpec | spec.Backbone) -> ViT | Backbone:
-    from .vit import ViT  # which reads the families, which read this
-
-    return Backbone(settings) if isinstance(settings, spec.Backbone) else ViT(settings)
 
 
 def backbone_spec(name: str, dim: int, image: tuple[int, int] | None = None, pool: str = "", head: str = "linear",

@@ -9,16 +9,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from mm.checkpoint.pretrained import Pretrained
 from mm.errors import InputError
 from mm.nn.norm import build_norm
 from mm.nn.transformer import Transformer
 from mm.positions.visibility import At, padded
 
 from .. import spec
-from .flex import Flex
+from .families import FAMILIES
+from .flex import Flex, FlexPreprocess
+from .image import Preprocess, Source
 from .patches import Patchify, build_positions, coordinates, kept_patches, take
 from .pooling import Head
-from .pretrained import Pretrained
 
 
 @dataclass(frozen=True)
@@ -30,7 +32,24 @@ class Embedded:
     real: Tensor | None
 
 
-class ViT(Pretrained):
+class ImageEncoder(Pretrained):
+    """A model with files on disk whose `preprocessing` turns pictures into its input."""
+
+    families = FAMILIES
+
+    def preprocess(self, image: Source | Sequence[Source]) -> Tensor | Flex:
+        """One picture (PIL image, array, path, bytes) -> (3, h, w); a list of them -> a batch (B, 3, h, w)."""
+        if self.preprocessing is None:
+            self.preprocessing = Preprocess(size=self.spec.image)
+        return self.preprocessing.batch(image) if isinstance(image, list | tuple) else self.preprocessing(image)
+
+    def collate(self, pictures: Sequence[Tensor]) -> Tensor | Flex:
+        """Pictures (3, h, w), each as `preprocess` makes it -> one batch."""
+        flex = isinstance(self.preprocessing, FlexPreprocess)
+        return self.preprocessing.collate(pictures) if flex else torch.stack(list(pictures))
+
+
+class ViT(ImageEncoder):
     """pixels (B, C, h, w) -> tokens (B, N, D), prefix tokens first, after the final norm where the stack has one.
 
     `labels` are the names of the classes where the projection is a classifier. A `Flex` batch of pictures of several

@@ -21,8 +21,7 @@ from torch import Tensor
 
 from mm.errors import InputError
 
-from ...encoders.audio.logmel import RATE
-from ...encoders.audio.spectrogram import read_sound
+from ...encoders.audio.spectrogram import RATE, read_sound
 from ...encoders.audio.transcribe import transcribe
 from ..codec.data import below
 from ..codec.loss import MelDistance

@@ -13,8 +13,7 @@ from torch import Tensor
 
 from mm.errors import InputError
 
-from ...encoders.audio.logmel import RATE
-from ...encoders.audio.spectrogram import read_sound
+from ...encoders.audio.spectrogram import RATE, read_sound
 from ...encoders.audio.transcribe import Settings, transcribe
 from ..commands.transcribe import load
 from ..common.command import argument

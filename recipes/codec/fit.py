@@ -9,7 +9,7 @@ from typing import Any
 from mm.checkpoint.files import write_json
 from mm.spec.schema import require
 
-from ...codecs.weight_norm import folded
+from ...codecs.learning import folded
 from ..train.launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from ..train.shard import strategy
 from .data import SoundModule, length_of

@@ -24,11 +24,10 @@ from torch import Tensor, nn
 
 from mm.spec.schema import from_data, to_data
 
-from ...codecs.learning import Learned, learn, perplexity, use
+from ...codecs.learning import Learned, add_weight_norm, learn, perplexity, use
 from ...codecs.mimi import Mimi
 from ...codecs.quantizer import Codebook
 from ...codecs.spec import Learning, MimiSpec
-from ...codecs.weight_norm import add_weight_norm
 from ..data.sampler import torch_seed
 from ..train.gather import mean_over_processes
 from ..train.optim import adamw

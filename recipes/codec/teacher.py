@@ -14,7 +14,7 @@ from mm.checkpoint.pretrained import load
 from mm.errors import InputError
 
 from ...encoders.audio.hubert import Hubert
-from ...encoders.audio.logmel import RATE, log_mel
+from ...encoders.audio.spectrogram import RATE, log_mel
 from ...encoders.audio.whisper import Whisper
 from ..common.progress import Bar
 from .data import Store

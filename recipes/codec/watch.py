@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from mm.checkpoint.files import replacing
 
-from ...codecs.weight_norm import folded
+from ...codecs.learning import folded
 from ..train.watch import Watch
 from .data import Store
 from .loss import MelDistance, stft

@@ -156,7 +156,7 @@ def encoded(model: Mimi, sound, codebooks: int, chunk: int) -> Iterator[Tensor]:
 
 def framed(model: Mimi, sound, chunk: int) -> Iterator[Tensor]:
     """Waves (1, C, L) of a sound file on the model's device, up to `chunk` whole frames at a time."""
-    from ...codecs.framing import Framer
+    from ...codecs.state import Framer
 
     s = model.spec
     device, framer = next(model.parameters()).device, Framer.empty(1, s.seanet.channels, s.frame)
@@ -226,8 +226,8 @@ def play(args: Play) -> None:
 
 def played(args: Play) -> tuple[Mimi, Iterator[Tensor]]:
     """The model, and waves (1, C, frame) on the CPU as a stream makes them of either kind of file."""
+    from ...codecs.mimi import Stream
     from ...codecs.sound import open_sound
-    from ...codecs.stream import Stream
 
     if args.file.suffix == SUFFIX:
         reader, model = opened(args.file, args)

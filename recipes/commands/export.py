@@ -56,10 +56,10 @@ def write(name: str, target: Path, kind: str, *, allow_pickle: bool = False) -> 
     """Largest absolute difference by file of `target`, which is written whole or not at all. Raises InputError."""
     import torch
 
-    from ...encoders.any import open_model
+    from mm.checkpoint.pretrained import load
 
     check(target := Path(os.path.abspath(target.expanduser())), kind)
-    model = open_model(name, torch.float32, allow_pickle=allow_pickle).requires_grad_(False)
+    model = load(name, torch.float32, allow_pickle=allow_pickle, kinds=("clip", "vit")).requires_grad_(False)
     gaps = {}
     try:
         target.parent.mkdir(parents=True, exist_ok=True)

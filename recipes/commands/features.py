@@ -60,12 +60,12 @@ def extract(folder: str, name: str, target: Path, layers: Sequence[int], batch: 
     """(pictures written, unreadable, unchanged). Raises InputError for a table of another model or other layers."""
     import torch
 
-    from ...encoders.any import open_model
+    from mm.checkpoint.pretrained import load
 
     found = walk(folder)
     if not found.files:
         raise InputError(f"{folder} holds no pictures")
-    model = open_model(name, torch.float32, choose_device(device))
+    model = load(name, torch.float32, choose_device(device), kinds=("clip", "vit"))
     encode = partial(encoded, model, layers)
     table = open_table(target.expanduser(), model, name, layers, encode)
     known = {row["path"]: (row["size"], row["mtime_ns"]) for row in

@@ -19,7 +19,7 @@ from mm.decode.requests import TextStream as Words
 from mm.spec import TextStream
 from mm.tokenizer.tokenizer import Tokenizer
 
-from ...encoders.audio.logmel import RATE
+from ...encoders.audio.spectrogram import RATE
 from ...encoders.audio.transcribe import Settings, transcribe
 from ...encoders.audio.whisper import Whisper
 from ..talk.partner import Partner

@@ -127,11 +127,12 @@ def trained(args: Classify) -> Judge:
         raise InputError("--labels FILE is needed, or a --model that was trained on classes")
     import torch
 
-    from ...encoders.any import open_model
+    from mm.checkpoint.pretrained import load
+
     from ...encoders.vision.vit import ViT
 
     device = choose_device(args.device)
-    vit = open_model(args.model, torch.float32, device)
+    vit = load(args.model, torch.float32, device, kinds=("clip", "vit"))
     if not isinstance(vit, ViT) or not vit.labels:
         raise InputError(f"{args.model} has no classes of its own: --labels FILE is needed")
 

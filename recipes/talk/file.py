@@ -12,8 +12,8 @@ from torch import Tensor
 
 from mm.decode.requests import TextStream
 
-from ...codecs.framing import Framer
 from ...codecs.sound import new_sound, open_sound
+from ...codecs.state import Framer
 from ..common.progress import Bar
 from .dialogues import Dialogues
 from .partner import Partner

@@ -9,10 +9,21 @@ from books import WORLD, process, quantizer, several, vectors
 from support import close
 
 from mm.codecs import Mimi
-from mm.codecs.learning import begin, draw, kmeans, learn, move, perplexity, replace, use
+from mm.codecs.learning import (
+    add_weight_norm,
+    begin,
+    draw,
+    folded,
+    kmeans,
+    learn,
+    move,
+    normed,
+    perplexity,
+    replace,
+    use,
+)
 from mm.codecs.quantizer import Codebook, SplitQuantizer
 from mm.codecs.spec import Learning
-from mm.codecs.weight_norm import add_weight_norm, folded, normed
 from mm.errors import InputError
 
 PLAIN = Learning(dropout=0.0, skip=0.0)

@@ -11,8 +11,7 @@ from hypothesis import strategies as st
 from support import close
 from torchaudio.functional import resample
 
-from mm.codecs.resample import Resampler
-from mm.codecs.sound import open_sound
+from mm.codecs.sound import Resampler, open_sound
 from mm.errors import InputError
 
 RATES = [(44100, 24000), (16000, 24000), (192000, 24000), (24000, 24000), (8000, 24000), (22050, 16000), (11025, 24000)]

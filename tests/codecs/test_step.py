@@ -6,8 +6,8 @@ import torch
 
 from mm.codecs import Mimi
 from mm.codecs import mimi as module
+from mm.codecs.mimi import Stream
 from mm.codecs.spec import MimiSpec, Quantizer, Seanet, mimi_stack
-from mm.codecs.stream import Stream
 from mm.errors import InputError
 
 STACK = mimi_stack(dim=16, depth=1, heads=2, hidden=32, window=codec.WINDOW)

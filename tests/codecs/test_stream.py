@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from support import close
 
 from mm.codecs import Mimi
-from mm.codecs.framing import Framer
+from mm.codecs.state import Framer
 from mm.errors import InputError
 
 FRAME, LENGTH = 16, 24  # samples; frames, almost five windows
@@ -141,7 +141,7 @@ def test_a_state_goes_on_in_another_process(model, tmp_path):
 import sys, torch
 from safetensors.torch import load_file, save_file
 from mm.codecs import Mimi
-from mm.codecs.framing import Framer
+from mm.codecs.state import Framer
 torch.set_num_threads(1)
 torch.set_grad_enabled(False)
 model, rest = Mimi.from_pretrained("model"), load_file("rest.safetensors")

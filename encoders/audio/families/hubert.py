@@ -15,7 +15,7 @@ from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
 from mm.text.families.layers import NAMES as BART_NAMES
 from mm.text.families.layers import layer_rules
 
-from ..spec_hubert import HubertSpec, Samples
+from ..spec import HubertSpec, Samples
 
 PREPROCESS = "preprocessor_config.json"
 # Masks and dropout of training, and heads for letters and classes.

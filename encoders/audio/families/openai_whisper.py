@@ -18,7 +18,7 @@ from mm.errors import InputError
 from mm.tokenizer.bpe import TokenizersFile, byte_alphabet, byte_level_pipeline
 from mm.tokenizer.tokenizer import Tokenizer
 
-from ..logmel import LogMel
+from ..spectrogram import LogMel
 from ..speech_tokens import MULTILINGUAL, SpeechTokens
 
 GPT2 = Path(mm.tokenizer.__file__).parent / "data" / "gpt2_merges.txt.gz"

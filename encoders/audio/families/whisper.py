@@ -14,8 +14,8 @@ from mm.spec import CAUSAL, EVERYWHERE, Attention, DecoderSpec, Embed, Layer, La
 from mm.text.families.layers import NAMES as BART_NAMES
 from mm.text.families.layers import layer_rules
 
-from ..logmel import LogMel
-from ..spec_whisper import WhisperSpec
+from ..spec import WhisperSpec
+from ..spectrogram import LogMel
 from .openai_whisper import read_openai
 
 PREPROCESS = "preprocessor_config.json"

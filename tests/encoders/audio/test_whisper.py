@@ -9,9 +9,8 @@ import torch
 from installed import whisper_tiny
 from support import close, redraw
 
-from mm.encoders.audio import logmel
-from mm.encoders.audio.logmel import LogMel, open_ended
-from mm.encoders.audio.spectrogram import read_sound
+from mm.encoders.audio import spectrogram as logmel
+from mm.encoders.audio.spectrogram import LogMel, open_ended, read_sound
 from mm.encoders.audio.speech_tokens import LANGUAGES, SpeechTokens
 from mm.encoders.audio.transcribe import Settings, transcribe
 from mm.encoders.audio.whisper import Whisper

@@ -6,8 +6,9 @@ import torch
 from support import close, redraw
 
 from mm.encoders import CLIP
+from mm.encoders.clip import build_image_tower
 from mm.encoders.spec import CLIPSpec, Head, Projection, TextSpec, TokenPool
-from mm.encoders.vision.backbone import Backbone, backbone_spec, build_image_tower
+from mm.encoders.vision.backbone import Backbone, backbone_spec
 from mm.encoders.vision.flex import Flex
 from mm.errors import InputError
 from mm.spec import CAUSAL, Attention, Layer, LayerNorm, Mlp, Stack
