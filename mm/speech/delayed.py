@@ -25,14 +25,14 @@ if TYPE_CHECKING:
 
 
 @dataclass
-class Heard:
+class Word:
     """A word: its tokens, and the frame in which it begins, counted from the first that the session was given."""
 
     frame: int
     tokens: list[int]
 
 
-def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | None = None) -> list[list[Heard]]:
+def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | None = None) -> list[list[Word]]:
     """codes (B, Q, T), which should end with `delay` frames of silence, for those in which the last words are written
     -> the words of each row, or those of the next frames of sessions that go on. Raises InputError on wrong shapes."""
     if model.spec.own:
@@ -40,16 +40,16 @@ def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | 
     if codes.ndim != 3:
         raise InputError(f"codes should be (B, {model.spec.heard}, T), not {tuple(codes.shape)}")
     state = model.init_state(len(codes)) if state is None else state
-    words: list[list[Heard]] = [[] for _ in range(len(codes))]
+    words: list[list[Word]] = [[] for _ in range(len(codes))]
     first = state.offset[::state.twice].tolist()
     for t in range(codes.shape[2]):
         tokens = model.step(codes[..., t], state).written[:, 0].tolist()
         for row, token in enumerate(tokens):
             if token == model.spec.text.word_end:
-                words[row].append(Heard(max(first[row] + t + 2 - delay, 0), []))
+                words[row].append(Word(max(first[row] + t + 2 - delay, 0), []))
             elif token != model.spec.text.padding:
                 if not words[row]:  # the rest of a word that began before
-                    words[row].append(Heard(max(first[row] + t + 1 - delay, 0), []))
+                    words[row].append(Word(max(first[row] + t + 1 - delay, 0), []))
                 words[row][-1].tokens.append(token)
     return [[word for word in row if word.tokens] for row in words]
 

@@ -1,16 +1,16 @@
-"""Sessions of a duplex model: a state that the caller holds, and one step of all sessions at once.
+"""The state of sessions with a duplex model: which tokens its streams read next, guidance, hooks, sampling.
 
 A session goes on by steps of one frame (80 ms for Mimi). In step s a stream of delay d reads its frame s - d - 1 and,
-where it is the model's own, writes its frame s - d. So what the model hears in step s is frame s - 1 of the training
-alignment: the frame given to a session's first step is not read, that of the second is the first it hears. A frame is
-known once its last stream is: `lag` steps later.
+where it is one of the model's own, writes its frame s - d. So the input of step s is frame s - 1 of the training
+alignment: the frame given to a session's first step is not read, and that of its second step is the first input. A
+frame is known once its last stream is: `lag` steps later.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,17 +18,13 @@ from torch import Tensor
 from mm.decode.sampling import Controls, Sampling, choose, controls
 from mm.errors import InputError
 from mm.nn.memory import Memory
-from mm.nn.state import StackState, State, check_state
+from mm.nn.state import StackState, State
 from mm.spec.schema import require
-from mm.speech.conditions import Conditioned
 from mm.speech.streams import NONE, column
 from mm.tree import register, tensors
 
-if TYPE_CHECKING:
-    from mm.speech.duplex import DuplexLM
-
 UNKNOWN = -2  # a token that is not known yet, or, where tokens are given, one that the model is to choose
-TEXT = Sampling(temperature=0.7, top_k=25)  # what the official package speaks with
+TEXT = Sampling(temperature=0.7, top_k=25)  # the official package's settings
 AUDIO = Sampling(temperature=0.8, top_k=250)
 
 
@@ -53,9 +49,11 @@ class Guidance:
 
 
 class Frame(NamedTuple):
-    """What a step gives. tokens (B, 1 + own): text and codes of the newest whole frame, `UNKNOWN` in sessions that
-    have none yet or did not go on. written (B, 1 + own): what was chosen in this step, each stream at its own delay;
-    its text comes `lag` steps before `tokens` shows it. extra: probabilities (B, size) of the further heads."""
+    """The result of a step.
+
+    tokens (B, 1 + own): text and codes of the newest whole frame, `UNKNOWN` in sessions that have none yet or did not
+    go on. written (B, 1 + own): the tokens chosen in this step, each stream at its own delay; its text comes `lag`
+    steps before `tokens` shows it. extra: probabilities (B, size) of the further heads."""
 
     tokens: Tensor
     written: Tensor
@@ -64,8 +62,8 @@ class Frame(NamedTuple):
 
 @dataclass(frozen=True)
 class Hooks:
-    """Called in every step, each returns what is to be used in place of what it was given: logits of the text (B, V),
-    the text's tokens (B,), the codes (B, own)."""
+    """Functions called in every step, each of which may replace its argument: the text's logits (B, V), the text's
+    tokens (B,), the codes (B, own)."""
 
     text_logits: Callable[[Tensor], Tensor] = lambda logits: logits
     text: Callable[[Tensor], Tensor] = lambda tokens: tokens
@@ -96,7 +94,7 @@ class DuplexState(State):
         return 1 if self.guidance is None else 2
 
     def rows(self, x: Tensor | None) -> Tensor | None:
-        """Something of every session, (B, ...), for every row."""
+        """A value per session, (B, ...) -> one per row."""
         return x if x is None or self.twice == 1 else x.repeat_interleave(2, 0)
 
     def slots(self, later: Tensor, rows: Tensor | None) -> Tensor:
@@ -110,7 +108,7 @@ class DuplexState(State):
         part.scatter_(2, self.slots(later, rows).unsqueeze(2), tokens.unsqueeze(2))
 
     def read(self, initial: tuple[int, ...], rows: Tensor | None) -> Tensor:
-        """What the streams (B, 1 + Q) read in this step."""
+        """The tokens (B, 1 + Q) that the streams read in this step."""
         delays = column(self.delays, self.offset.device)
         begins = self.offset[:, None] <= delays
         idle = begins if rows is None else begins | ~rows[:, None]
@@ -125,7 +123,7 @@ class DuplexState(State):
         return now
 
     def advance(self, tokens: Tensor, rows: Tensor | None) -> None:
-        """A step is done, in which these tokens (B, 1 + own) were written."""
+        """Ends a step in which these tokens (B, 1 + own) were written."""
         self.put(0, tokens, torch.ones_like(tokens[0]), rows)
         self.offset.add_(1 if rows is None else rows.to(self.offset.dtype))
 
@@ -138,13 +136,13 @@ class DuplexState(State):
         return torch.where(there[:, None], found, UNKNOWN)
 
     def reset(self, rows: Tensor | None = None) -> None:
-        """Forget what the rows (B,) bool heard and said, or all; how they sample and their conditions stay."""
+        """Forgets the streams of rows (B,) bool, or of all; sampling settings and conditions stay."""
         rows = torch.ones_like(self.offset, dtype=torch.bool) if rows is None else rows
         self.offset.masked_fill_(rows, 0)
         self.stack.reset(rows)
 
     def sample(self, session: int, text: Sampling, audio: Sampling) -> None:
-        """How one session chooses its tokens from now on."""
+        """Sets how one session chooses its tokens from now on."""
         for name, settings in (("text", text), ("audio", audio)):
             held, new = getattr(self, name), controls([settings] * self.twice, self.offset.device)
             place = slice(session * self.twice, (session + 1) * self.twice)
@@ -162,31 +160,9 @@ register(DuplexState, meta=("delays", "guidance", "fingerprint"))
 
 
 def widen(held: Controls, new: Controls) -> None:
-    """Controls of more rows: what any of them needs."""
+    """Extends the controls of held rows to what new ones need."""
     for name in ("random", "most", "filtered", "penalised"):
         setattr(held, name, max(getattr(held, name), getattr(new, name)))
-
-
-def choose_text(model: DuplexLM, hidden: Tensor, state: DuplexState, hooks: Hooks) -> Tensor:
-    """Hidden (rows, D) -> tokens (B,)."""
-    logits, g = model.head(hidden), state.guidance
-    if g is not None:
-        logits = logits[::2] if g.hides == "text" else g.mix(logits)
-    return hooks.text(select(hooks.text_logits(logits), state.text, state, 0))
-
-
-def choose_codes(model: DuplexLM, hidden: Tensor, text: Tensor, state: DuplexState, given: Tensor | None) -> Tensor:
-    """Hidden (rows, D), text (B,) -> codes (B, own), one after the other; given (B, own) or `UNKNOWN`."""
-    depth, codes, token = model.depth, [], text
-    cache, projected = depth.begin(hidden)
-    for k in range(model.spec.own):
-        logits = depth.step(projected[k], state.rows(token), k, cache)
-        logits = logits if state.guidance is None else state.guidance.mix(logits)
-        token = select(logits, state.audio, state, k + 1)
-        if given is not None:
-            token = torch.where(given[:, k] == UNKNOWN, token, given[:, k])
-        codes.append(token)
-    return torch.stack(codes, 1)
 
 
 def select(logits: Tensor, settings: Controls, state: DuplexState, stream: int) -> Tensor:
@@ -195,66 +171,6 @@ def select(logits: Tensor, settings: Controls, state: DuplexState, stream: int) 
         settings = Controls(**{name: value[::2] if isinstance(value, Tensor) else value
                                for name, value in vars(settings).items()})
     return choose(logits, settings, state.offset[::state.twice] * state.tokens.shape[1] + stream)
-
-
-@torch.no_grad()
-def step(model: DuplexLM, heard: Tensor, state: DuplexState, rows: Tensor | None, given: Tensor | None,
-         hooks: Hooks) -> Frame:
-    """See `DuplexLM.step`."""
-    own, wide = model.spec.own, state.rows(rows)
-    check(model, state, heard, rows, given)
-    check_values(model, heard, given)
-    if model.spec.heard:
-        state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
-    inputs = state.read(model.initial, wide).unsqueeze(2)
-    hidden = model.hidden(inputs, Conditioned(state.added), state=state.stack, rows=wide, memory=state.memory)[:, 0]
-    text = choose_text(model, hidden, state, hooks)
-    if given is not None:
-        text = torch.where(given[:, 0] == UNKNOWN, text, given[:, 0])
-    tokens = text[:, None]
-    if own:
-        codes = choose_codes(model, hidden, text, state, None if given is None else given[:, 1:])
-        tokens = torch.cat([tokens, hooks.codes(codes)], 1)
-    state.advance(state.rows(tokens), wide)
-    newest = state.newest(1 + own, wide)[::state.twice]
-    extra = tuple(head(hidden[::state.twice]).softmax(-1) for head in model.extra)
-    return Frame(newest, tokens, extra)
-
-
-@torch.no_grad()
-def prompt(model: DuplexLM, own: Tensor, heard: Tensor, state: DuplexState, rows: Tensor | None) -> None:
-    """See `DuplexLM.prompt`: the steps of all its frames, read by the temporal stack at once."""
-    if own.ndim != 3 or heard.ndim != 3 or own.shape[2] != heard.shape[2] or not own.shape[2]:
-        raise InputError(f"a prompt holds frames, as many said {tuple(own.shape)} as heard {tuple(heard.shape)}")
-    wide, inputs, delays = state.rows(rows), [], state.delays[:own.shape[1]]
-    check(model, state, heard[..., 0], rows, own[..., 0])
-    check_tokens("a prompt's text", own[:, 0], model.spec.text.most)
-    check_tokens("a prompt's codes", torch.cat([own[:, 1:], heard], 1), model.spec.card)
-    for t in range(own.shape[2]):
-        if model.spec.heard:
-            state.put(own.shape[1], state.rows(heard[..., t]), column(state.delays[own.shape[1]:], own.device), wide)
-        inputs.append(state.read(model.initial, wide))
-        now = [own[:, k, t - d] if t >= d else torch.full_like(own[:, k, t], NONE) for k, d in enumerate(delays)]
-        state.advance(state.rows(torch.stack(now, 1)), wide)
-    model.hidden(torch.stack(inputs, 2), Conditioned(state.added), state=state.stack, rows=wide, memory=state.memory)
-
-
-def check(model: DuplexLM, state: DuplexState, heard: Tensor, rows: Tensor | None, given: Tensor | None) -> None:
-    batch, s = len(state.offset) // state.twice, model.spec
-    check_state(state, model.fingerprint_of_spec, batch * state.twice, state.rows(rows))
-    for name, value, streams in (("heard", heard, s.heard), ("given", given, 1 + s.own)):
-        if value is not None and (tuple(value.shape) != (batch, streams) or value.is_floating_point()):
-            raise InputError(f"{name} should be integers ({batch}, {streams}), not {value.dtype} {tuple(value.shape)}")
-
-
-def check_values(model: DuplexLM, heard: Tensor, given: Tensor | None) -> None:
-    """On a CPU alone: elsewhere this would wait for the step before."""
-    if heard.device.type == "cpu":
-        check_tokens("heard codes", heard, model.spec.card)
-    if given is not None and given.device.type == "cpu":
-        chosen = given.masked_fill(given == UNKNOWN, NONE)
-        check_tokens("a given text", chosen[:, 0], model.spec.text.most)
-        check_tokens("given codes", chosen[:, 1:], model.spec.card)
 
 
 def check_tokens(name: str, tokens: Tensor, most: int) -> None:

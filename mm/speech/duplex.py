@@ -1,7 +1,7 @@
-"""The duplex model: it hears and speaks at once, as streams of codes, and writes what it says as text.
+"""The duplex model: it listens and speaks at once, as streams of codes, and writes its own words as text.
 
-Moshi, Défossez et al., 2024. A temporal stack reads one frame of all streams a step; from what it makes of it come the
-next token of text and, one after the other by a depth transformer, the next codes of the model's own voice.
+Moshi, Défossez et al., 2024. A temporal stack reads one frame of all streams a step; its output gives the next token of
+text and, one after the other by a depth transformer, the next codes of the model's own voice.
 """
 
 from __future__ import annotations
@@ -19,15 +19,24 @@ from mm.decode.sampling import GREEDY, Sampling, controls
 from mm.errors import InputError
 from mm.nn.linear import Linear
 from mm.nn.memory import Memory
-from mm.nn.state import StackState
+from mm.nn.state import StackState, check_state
 from mm.nn.transformer import Transformer
 from mm.positions.visibility import At, packed
 from mm.spec import schema
 from mm.speech.conditions import Conditioned, Conditions, Value
 from mm.speech.depth import DepthDecoder
-from mm.speech.dialogue import NO_HOOKS, DuplexState, Frame, Guidance, Hooks, prompt, step
+from mm.speech.dialogue import (
+    NO_HOOKS,
+    UNKNOWN,
+    DuplexState,
+    Frame,
+    Guidance,
+    Hooks,
+    check_tokens,
+    select,
+)
 from mm.speech.families import FAMILIES
-from mm.speech.streams import NONE, CodeTables, TextTable, aligned, delayed
+from mm.speech.streams import NONE, CodeTables, TextTable, aligned, column, delayed
 
 
 class Logits(NamedTuple):
@@ -38,9 +47,9 @@ class Logits(NamedTuple):
 
 
 class Frames(NamedTuple):
-    """Streams by step, (B, 1 + Q, T): `inputs` are what the temporal stack reads, `targets` what it is to write in the
-    same step, and `known` (bool) says where that is a token of the sequence. Step s holds, of a stream with delay d,
-    frame s - d as its target and frame s - d - 1 as its input."""
+    """Streams by step, (B, 1 + Q, T): the temporal stack reads `inputs` and is to write `targets` in the same step;
+    `known` (bool) is true where a target is a token of the sequence. Step s holds, of a stream with delay d, frame
+    s - d as its target and frame s - d - 1 as its input."""
 
     inputs: Tensor
     targets: Tensor
@@ -48,8 +57,8 @@ class Frames(NamedTuple):
 
 
 class DuplexLM(Pretrained):
-    """codes (B, 1 + Q, T), text first, then the model's own codebooks, then those it hears -> `Logits`, aligned with
-    the codes."""
+    """codes (B, 1 + Q, T), text first, then the model's own codebooks, then those of the other side -> `Logits`,
+    aligned with the codes."""
 
     kind, families = "duplex", FAMILIES
 
@@ -73,7 +82,7 @@ class DuplexLM(Pretrained):
 
     @property
     def initial(self) -> tuple[int, ...]:
-        """What stands before the first token of each stream."""
+        """The tokens before the first one of each stream."""
         return (self.spec.text.vocab, *[self.spec.card] * self.spec.codebooks)
 
     def condition(self, values: Mapping[str, Value] | None = None, batch: int = 1) -> Conditioned:
@@ -85,8 +94,7 @@ class DuplexLM(Pretrained):
         return self.conditions(values or {}, batch)
 
     def frames(self, codes: Tensor, documents: Tensor | None = None) -> Frames:
-        """What is read and what is to be written, step by step; documents (B, T): ids of packed conversations, -1 for
-        padding."""
+        """Inputs and targets step by step; documents (B, T): ids of packed conversations, -1 for padding."""
         later = tuple(delay + 1 for delay in self.spec.delays)
         inputs, _ = delayed(codes, later, self.initial, documents)
         targets, known = delayed(codes, self.spec.delays, self.initial, documents)
@@ -186,19 +194,72 @@ class DuplexLM(Pretrained):
             x = made.before if made.added is None else made.before + made.added
             self.stack(x.to(self.text.weight.dtype), state=state.stack, rows=chosen, memory=state.memory)
 
+    @torch.no_grad()
     def step(self, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None, given: Tensor | None = None,
              hooks: Hooks = NO_HOOKS) -> Frame:
-        """One frame of every session: heard (B, heard) codes, of which a session's first are not read (`dialogue`
-        says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to write in
-        this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state, and on a
-        CPU where tokens, heard or given, are none of the model's."""
-        return step(self, heard, state, rows, given, hooks)
+        """One frame of every session: heard (B, heard) codes of the other side, of which a session's first are not read
+        (`dialogue` says which frame is which). rows: (B,) bool, the sessions that go on. given: (B, 1 + own) tokens to
+        write in this step, `UNKNOWN` where the model chooses. Raises InputError on wrong shapes and a foreign state,
+        and on a CPU for tokens that are none of the model's."""
+        own, wide = self.spec.own, state.rows(rows)
+        self.check_step(state, heard, rows, given)
+        self.check_values(heard, given)
+        if self.spec.heard:
+            state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
+        inputs = state.read(self.initial, wide).unsqueeze(2)
+        hidden = self.hidden(inputs, Conditioned(state.added), state=state.stack, rows=wide, memory=state.memory)[:, 0]
+        text = self.choose_text(hidden, state, hooks)
+        if given is not None:
+            text = torch.where(given[:, 0] == UNKNOWN, text, given[:, 0])
+        tokens = text[:, None]
+        if own:
+            codes = self.choose_codes(hidden, text, state, None if given is None else given[:, 1:])
+            tokens = torch.cat([tokens, hooks.codes(codes)], 1)
+        state.advance(state.rows(tokens), wide)
+        newest = state.newest(1 + own, wide)[::state.twice]
+        extra = tuple(head(hidden[::state.twice]).softmax(-1) for head in self.extra)
+        return Frame(newest, tokens, extra)
 
+    @torch.no_grad()
     def prompt(self, own: Tensor, heard: Tensor, state: DuplexState, *, rows: Tensor | None = None) -> None:
-        """What was said, (B, 1 + own, T), and heard, (B, heard, T), before sessions go on: as T steps that are given
-        these, aligned by frame. A text prompt is tokens over silent codes, a voice prompt codes under padding. The
-        last frames' delayed codes are left to the model."""
-        prompt(self, own, heard, state, rows)
+        """Read frames of both sides before sessions go on, own (B, 1 + own, T) and heard (B, heard, T): as T steps that
+        are given these, aligned by frame, which the temporal stack reads at once. A text prompt is tokens over silent
+        codes, a voice prompt codes under padding. The last frames' delayed codes are left to the model."""
+        if own.ndim != 3 or heard.ndim != 3 or own.shape[2] != heard.shape[2] or not own.shape[2]:
+            raise InputError(f"a prompt holds frames, as many said {tuple(own.shape)} as heard {tuple(heard.shape)}")
+        wide, inputs, delays = state.rows(rows), [], state.delays[:own.shape[1]]
+        self.check_step(state, heard[..., 0], rows, own[..., 0])
+        check_tokens("a prompt's text", own[:, 0], self.spec.text.most)
+        check_tokens("a prompt's codes", torch.cat([own[:, 1:], heard], 1), self.spec.card)
+        later = column(state.delays[own.shape[1]:], own.device)
+        for t in range(own.shape[2]):
+            if self.spec.heard:
+                state.put(own.shape[1], state.rows(heard[..., t]), later, wide)
+            inputs.append(state.read(self.initial, wide))
+            now = [own[:, k, t - d] if t >= d else torch.full_like(own[:, k, t], NONE) for k, d in enumerate(delays)]
+            state.advance(state.rows(torch.stack(now, 1)), wide)
+        self.hidden(torch.stack(inputs, 2), Conditioned(state.added), state=state.stack, rows=wide,
+                    memory=state.memory)
+
+    def choose_text(self, hidden: Tensor, state: DuplexState, hooks: Hooks) -> Tensor:
+        """Hidden (rows, D) -> tokens (B,)."""
+        logits, g = self.head(hidden), state.guidance
+        if g is not None:
+            logits = logits[::2] if g.hides == "text" else g.mix(logits)
+        return hooks.text(select(hooks.text_logits(logits), state.text, state, 0))
+
+    def choose_codes(self, hidden: Tensor, text: Tensor, state: DuplexState, given: Tensor | None) -> Tensor:
+        """Hidden (rows, D), text (B,) -> codes (B, own), one after the other; given (B, own) or `UNKNOWN`."""
+        codes, token = [], text
+        cache, projected = self.depth.begin(hidden)
+        for k in range(self.spec.own):
+            logits = self.depth.step(projected[k], state.rows(token), k, cache)
+            logits = logits if state.guidance is None else state.guidance.mix(logits)
+            token = select(logits, state.audio, state, k + 1)
+            if given is not None:
+                token = torch.where(given[:, k] == UNKNOWN, token, given[:, k])
+            codes.append(token)
+        return torch.stack(codes, 1)
 
     # ------------------------------------------------------------------------------------- checks
     def check(self, codes: Tensor, documents: Tensor | None) -> None:
@@ -207,3 +268,20 @@ class DuplexLM(Pretrained):
             raise InputError(f"codes should be integers (B, {streams}, T), not {codes.dtype} {tuple(codes.shape)}")
         if documents is not None and documents.shape != codes[:, 0].shape:
             raise InputError(f"documents {tuple(documents.shape)} do not fit codes {tuple(codes.shape)}")
+
+    def check_step(self, state: DuplexState, heard: Tensor, rows: Tensor | None, given: Tensor | None) -> None:
+        batch, s = len(state.offset) // state.twice, self.spec
+        check_state(state, self.fingerprint_of_spec, batch * state.twice, state.rows(rows))
+        for name, value, streams in (("heard", heard, s.heard), ("given", given, 1 + s.own)):
+            if value is not None and (tuple(value.shape) != (batch, streams) or value.is_floating_point()):
+                raise InputError(f"{name} should be integers ({batch}, {streams}), not {value.dtype} "
+                                 f"{tuple(value.shape)}")
+
+    def check_values(self, heard: Tensor, given: Tensor | None) -> None:
+        """On a CPU alone: elsewhere this would wait for the step before."""
+        if heard.device.type == "cpu":
+            check_tokens("heard codes", heard, self.spec.card)
+        if given is not None and given.device.type == "cpu":
+            chosen = given.masked_fill(given == UNKNOWN, NONE)
+            check_tokens("a given text", chosen[:, 0], self.spec.text.most)
+            check_tokens("given codes", chosen[:, 1:], self.spec.card)

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from mm.errors import InputError
-from mm.speech.delayed import Heard, Script, speak, transcribe
+from mm.speech.delayed import Script, Word, speak, transcribe
 
 
 @pytest.fixture(autouse=True)
@@ -56,10 +56,10 @@ def test_words_and_the_frames_in_which_they_begin():
         return duplex.SimpleFrame(torch.tensor([[plan[int(state.offset[0]) - 1]]]))
     model.step = step
     codes = torch.zeros(1, 6, 10, dtype=torch.long)
-    assert transcribe(model, codes, 2) == [[Heard(2, [7, 8]), Heard(7, [9])]]
+    assert transcribe(model, codes, 2) == [[Word(2, [7, 8]), Word(7, [9])]]
     state = model.init_state(1)
     parts = [transcribe(model, piece, 2, state) for piece in codes.split([4, 6], 2)]
-    assert parts == [[[Heard(2, [7])]], [[Heard(3, [8]), Heard(7, [9])]]]
+    assert parts == [[[Word(2, [7])]], [[Word(3, [8]), Word(7, [9])]]]
 
 
 def test_bad_input():
