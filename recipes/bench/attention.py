@@ -20,7 +20,6 @@ from .attention_check import DROPPED, LONG, TOLERANCE, checks
 from .attention_compile import MATRIX, in_processes, try_compiling
 from .attention_compile import measure as compiled
 from .attention_peers import flex, masked, plain, rotated_first
-from .attention_questions import CHECKED, Question, weights
 from .attention_time import (
     CAPTURED,
     EAGER,
@@ -36,26 +35,27 @@ from .attention_time import (
     timed,
     versus,
 )
+from .attention_workloads import CHECKED, Workload, weights
 from .report import Bench, Case, report
 
 CAUSALLY = dict(window=CAUSAL)
 # TFLOP/s to reach on one H200, None where only told: forward, backward, and forward where warps specialise
-PLAIN = {"head 128, full, 8192 tokens": (Question(), 480, 300, 560),
-         "head 128, causal, 8192 tokens": (Question(**CAUSALLY), 430, None, None),
-         "head 64, full, 8192 tokens": (Question(heads=32, kv=32, width=64), 400, None, None)}
+PLAIN = {"head 128, full, 8192 tokens": (Workload(), 480, 300, 560),
+         "head 128, causal, 8192 tokens": (Workload(**CAUSALLY), 430, None, None),
+         "head 64, full, 8192 tokens": (Workload(heads=32, kv=32, width=64), 400, None, None)}
 LONGER = dict(batch=1, kv=4, length=16384)
 # how many times faster than SDPA with a mask and than FlexAttention
-BEYOND = {"window 1024 in 16384, GQA 4:1": (Question(**LONGER, window=Window(left=1023, right=0)), 2.0, 1.2),
-          "packed documents of 512 in 16384, GQA 4:1": (Question(**LONGER, tokens="documents", **CAUSALLY), 3.0, 1.1),
-          "softcap, causal, 8192 tokens": (Question(softcap=30.0, **CAUSALLY), None, 1.5),
-          "learned sinks, causal, 8192 tokens": (Question(sinks=True, **CAUSALLY), None, 1.5),
-          "T5 bias, 8192 tokens": (Question(bias=Buckets()), None, 1.5)}
+BEYOND = {"window 1024 in 16384, GQA 4:1": (Workload(**LONGER, window=Window(left=1023, right=0)), 2.0, 1.2),
+          "packed documents of 512 in 16384, GQA 4:1": (Workload(**LONGER, tokens="documents", **CAUSALLY), 3.0, 1.1),
+          "softcap, causal, 8192 tokens": (Workload(softcap=30.0, **CAUSALLY), None, 1.5),
+          "learned sinks, causal, 8192 tokens": (Workload(sinks=True, **CAUSALLY), None, 1.5),
+          "T5 bias, 8192 tokens": (Workload(bias=Buckets()), None, 1.5)}
 # how many times faster than RoPE, then SDPA
-ROTATED = {"ViT-B/16, 256 x 197 tokens": (Question(batch=256, heads=12, kv=12, length=197, width=64, rope=Rope()), 1.2),
+ROTATED = {"ViT-B/16, 256 x 197 tokens": (Workload(batch=256, heads=12, kv=12, length=197, width=64, rope=Rope()), 1.2),
            **{f"depth transformer, 512 x {length} tokens": (
-               Question(batch=512, length=length, width=64, rope=Rope(), **CAUSALLY), 2.0) for length in (8, 32)}}
+               Workload(batch=512, length=length, width=64, rope=Rope(), **CAUSALLY), 2.0) for length in (8, 32)}}
 CACHES = 2**29  # bytes
-DECODED = {f"decode, batch {batch}, context {context}, GQA 8:1": Question(
+DECODED = {f"decode, batch {batch}, context {context}, GQA 8:1": Workload(
     batch=batch, heads=32, kv=4, length=1, keys=context, tokens="ring", **CAUSALLY)
     for batch in (1, 8, 64) for context in (4096, 32768, 131072)}
 
@@ -114,12 +114,12 @@ def compiled_ahead(device: torch.device) -> None:
         attempt(lambda: in_processes(try_compiling, [(*asked, 10 * major + minor) for asked in everything()]))
 
 
-def everything() -> Iterator[tuple[Question, torch.dtype]]:
+def everything() -> Iterator[tuple[Workload, torch.dtype]]:
     for dtype in TOLERANCE:
-        yield from ((question, dtype) for question in CHECKED.values())
+        yield from ((workload, dtype) for workload in CHECKED.values())
     yield DROPPED, torch.float32
     asked = [*(given[0] for given in (*PLAIN.values(), *BEYOND.values(), *ROTATED.values())), LONG, *DECODED.values()]
-    yield from ((question, torch.bfloat16) for question in asked)
+    yield from ((workload, torch.bfloat16) for workload in asked)
 
 
 def measure(device: torch.device) -> Iterator[Case]:
@@ -127,46 +127,46 @@ def measure(device: torch.device) -> Iterator[Case]:
     ceiling, bandwidth = found or (None, None)
     yield Case(case="bf16 matrix product", ours=ceiling, unit="TFLOP/s", note=failure)
     yield Case(case="copy in memory", ours=bandwidth, unit="TB/s", note=failure)
-    for name, (question, *floors) in PLAIN.items():
-        yield from plain_run(name, question, floors, ceiling, device)
-    for name, (question, over_mask, over_flex) in BEYOND.items():
-        q, k, v, problem, mine = made(question, device)
-        peers = {} if over_mask is None else {"SDPA with a mask": Peer(partial(masked, q, k, v, problem), over_mask)}
-        peers["FlexAttention"] = Peer(partial(flex, q, k, v, problem), over_flex)
-        leaves = [q, k, v, *weights(problem)]
+    for name, (workload, *floors) in PLAIN.items():
+        yield from plain_run(name, workload, floors, ceiling, device)
+    for name, (workload, over_mask, over_flex) in BEYOND.items():
+        q, k, v, options, mine = made(workload, device)
+        peers = {} if over_mask is None else {"SDPA with a mask": Peer(partial(masked, q, k, v, options), over_mask)}
+        peers["FlexAttention"] = Peer(partial(flex, q, k, v, options), over_flex)
+        leaves = [q, k, v, *weights(options)]
         yield from compare(name, mine, timed(mine, leaves), peers, leaves)
-    for name, (question, at_least) in ROTATED.items():
-        q, k, v, problem, mine = made(question, device)
+    for name, (workload, at_least) in ROTATED.items():
+        q, k, v, options, mine = made(workload, device)
         for passes, asked in ((EAGER, None), (CAPTURED, at_least)):
-            peer = {"RoPE, then SDPA": Peer(partial(rotated_first, q, k, v, problem), asked)}
+            peer = {"RoPE, then SDPA": Peer(partial(rotated_first, q, k, v, options), asked)}
             yield from compare(f"rotation and attention, {name}", mine, timed(mine, [q, k, v], passes), peer, [q, k, v],
                                passes)
-    for name, question in DECODED.items():
-        yield decoded(name, question, bandwidth, device)
+    for name, workload in DECODED.items():
+        yield decoded(name, workload, bandwidth, device)
 
 
-def made(question: Question, device: torch.device) -> tuple[Any, ...]:
-    """q, k, v, the problem, and our call."""
+def made(workload: Workload, device: torch.device) -> tuple[Any, ...]:
+    """q, k, v, the options, and our call."""
     from mm.kernels.operator import by_kernel
 
-    qkv, problem = question.tensors(device, torch.bfloat16), question.problem(device)
-    return *qkv, problem, partial(by_kernel, *qkv, problem)
+    qkv, options = workload.tensors(device, torch.bfloat16), workload.options(device)
+    return *qkv, options, partial(by_kernel, *qkv, options)
 
 
-def plain_run(name: str, question: Question, floors: list[float | None], ceiling: float | None,
+def plain_run(name: str, workload: Workload, floors: list[float | None], ceiling: float | None,
               device: torch.device) -> Iterator[Case]:
     """TFLOP/s, on Hopper also of the kernel whose warps specialise, and the vendors' kernels."""
-    q, k, v, problem, mine = made(question, device)
-    flops = 4 * q.numel() * question.length / (2 if question.window == CAUSAL else 1)
+    q, k, v, options, mine = made(workload, device)
+    flops = 4 * q.numel() * workload.length / (2 if workload.window == CAUSAL else 1)
     own = timed(mine, [q, k, v])
     yield from speed(f"{name}, forward", own["forward"], flops, floors[0], ceiling)
     yield from speed(f"{name}, backward", own["backward"], 2.5 * flops, floors[1], ceiling)
     if device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0):
         case = f"{name}, forward where warps specialise"
-        special = attempt(lambda: forward(alike(mine, lambda: by_hopper(q, k, v, problem)), []))
+        special = attempt(lambda: forward(alike(mine, lambda: by_hopper(q, k, v, options)), []))
         yield from speed(case, special, flops, floors[2], ceiling)
         yield versus(f"{case}, against the portable kernel", special, own["forward"])
-    yield from compare(name, mine, own, plain(q, k, v, problem), [q, k, v])
+    yield from compare(name, mine, own, plain(q, k, v, options), [q, k, v])
 
 
 def speed(name: str, measured: Measured, flops: float, floor: float | None, ceiling: float | None) -> Iterator[Case]:
@@ -179,7 +179,7 @@ def speed(name: str, measured: Measured, flops: float, floor: float | None, ceil
                note=failure or (None if ceiling else "no matrix product was measured"))
 
 
-def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
+def by_hopper(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Run:
     """The forward pass by `forward_hopper`, which nothing else chooses before it is measured."""
     from mm.kernels.operator import kernel_args
     from mm.kernels.triton_launch import by_token
@@ -188,19 +188,19 @@ def by_hopper(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run
     from .attention_hopper import forward_on_hopper
 
     def run() -> Tensor:
-        call, out = KernelArgs(*kernel_args(q, k, v, problem)), by_token(q, v.shape[3])
+        call, out = KernelArgs(*kernel_args(q, k, v, options)), by_token(q, v.shape[3])
         forward_on_hopper(call, out, q.new_empty(q.shape[:3], dtype=torch.float32))
         return out
     return run
 
 
-def decoded(name: str, question: Question, bandwidth: float | None, device: torch.device) -> Case:
+def decoded(name: str, workload: Workload, bandwidth: float | None, device: torch.device) -> Case:
     """The share of the memory bandwidth at which keys and values are read, in a CUDA graph as decoding runs; over as
     many caches in turn as no on-chip memory holds."""
-    read = 2 * 2 * question.batch * question.kv * question.keys * question.width  # bytes
+    read = 2 * 2 * workload.batch * workload.kv * workload.keys * workload.width  # bytes
 
     def run() -> float:
-        calls = [made(question, device)[-1] for _ in range(-(-CACHES // read))]
+        calls = [made(workload, device)[-1] for _ in range(-(-CACHES // read))]
         return captured(lambda: [call() for call in calls]) / len(calls)
     with torch.no_grad():
         spent, failure = attempt(run)

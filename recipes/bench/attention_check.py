@@ -11,23 +11,23 @@ from torch import Tensor
 from mm.kernels.plain import reference
 from mm.spec import Window
 
-from .attention_questions import CHECKED, Question, weights
 from .attention_time import attempt
+from .attention_workloads import CHECKED, Workload, weights
 from .report import Case
 
 TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 3e-2}
 WHAT = ("output", "dq", "dk", "dv", "weights", "weights")
-DROPPED = Question(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
+DROPPED = Workload(batch=1, heads=2, kv=2, length=40, keys=48, width=32, value_width=48, dropout=0.4)
 REPEATED = replace(CHECKED["softcap and sinks"], length=1000)
-LONG = Question(batch=2, heads=40, kv=1, length=131072, width=256, window=Window(left=255, right=0))
+LONG = Workload(batch=2, heads=40, kv=1, length=131072, width=256, window=Window(left=255, right=0))
 
 
 def checks(device: torch.device) -> Iterator[Case]:
     """A line for each dtype with the largest error, and one for each feature that is off or fails."""
     for dtype, most in TOLERANCE.items():
         errors = []
-        for name, question in CHECKED.items():
-            found, failure = attempt(lambda question=question, dtype=dtype: check(question, device, dtype))
+        for name, workload in CHECKED.items():
+            found, failure = attempt(lambda workload=workload, dtype=dtype: check(workload, device, dtype))
             what, error = ("", None) if found is None else found
             if failure is not None or not error <= most:
                 yield line(f"{name}, {dtype} {what}", error, most, failure)
@@ -47,15 +47,15 @@ def line(name: str, error: float | None, most: float, failure: str | None) -> Ca
                 ratio=None if error is None else most / max(error, 1e-12))
 
 
-def check(question: Question, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
+def check(workload: Workload, device: torch.device, dtype: torch.dtype) -> tuple[str, float]:
     """What is furthest from the oracle, output or a gradient, and by how much."""
     from mm.kernels.operator import by_kernel
 
-    qkv, problem = question.tensors(device, dtype), question.problem(device)
-    ours, exact = by_kernel(*qkv, problem), reference(*(x.double() for x in qkv), problem)
+    qkv, options = workload.tensors(device, dtype), workload.options(device)
+    ours, exact = by_kernel(*qkv, options), reference(*(x.double() for x in qkv), options)
     answers, upstream = [], torch.randn_like(ours)
     for y in (ours, exact):
-        grads = torch.autograd.grad(y, [*qkv, *weights(problem)], upstream.to(y.dtype)) if question.trained else ()
+        grads = torch.autograd.grad(y, [*qkv, *weights(options)], upstream.to(y.dtype)) if workload.trained else ()
         answers.append((y, *grads))
     return max(((what, far(*both)) for what, *both in zip(WHAT, *answers, strict=False)), key=lambda one: one[1])
 
@@ -70,16 +70,16 @@ def dropped(device: torch.device) -> float:
     """Identity values turn the output into the weights, which tell the mask; the oracle then takes the same."""
     from mm.kernels.operator import by_kernel
 
-    (q, k, v), problem = DROPPED.tensors(device, torch.float32), DROPPED.problem(device)
+    (q, k, v), options = DROPPED.tensors(device, torch.float32), DROPPED.options(device)
 
     def run(values: Tensor) -> Tensor:
         torch.manual_seed(0)
-        return by_kernel(q, k, values, problem)
+        return by_kernel(q, k, values, options)
     kept = run(torch.eye(48, device=device).expand(1, 2, 48, 48)) > 0
     share = kept.double().mean().item()
     if not 0.5 < share < 0.7:
         raise ValueError(f"dropout of 0.4 keeps {share:.2f} of the weights")
-    exact = torch.softmax(q.double() @ k.double().mT * problem.scale, -1) * kept / 0.6 @ v.double()
+    exact = torch.softmax(q.double() @ k.double().mT * options.scale, -1) * kept / 0.6 @ v.double()
     ours = run(v)
     grads = (torch.autograd.grad(y, (q, k, v), torch.ones_like(y)) for y in (ours, exact))
     return max(far(ours, exact), *(far(a, b) for a, b in zip(*grads, strict=True)))
@@ -89,9 +89,9 @@ def repeated(device: torch.device) -> float:
     """Gradients of the same call twice: their difference should be 0."""
     from mm.kernels.operator import by_kernel
 
-    qkv, problem = REPEATED.tensors(device, torch.bfloat16), REPEATED.problem(device)
-    y = by_kernel(*qkv, problem)
-    first, second = (torch.autograd.grad(y, [*qkv, problem.sinks], torch.ones_like(y), retain_graph=True)
+    qkv, options = REPEATED.tensors(device, torch.bfloat16), REPEATED.options(device)
+    y = by_kernel(*qkv, options)
+    first, second = (torch.autograd.grad(y, [*qkv, options.sinks], torch.ones_like(y), retain_graph=True)
                      for _ in range(2))
     return max((a - b).abs().max().item() for a, b in zip(first, second, strict=True))
 
@@ -100,11 +100,11 @@ def addressed(device: torch.device) -> float:
     """The last tokens of the last head, in tensors whose places 32 bits cannot count."""
     from mm.kernels.operator import by_kernel
 
-    (q, k, v), problem = LONG.tensors(device, torch.bfloat16), LONG.problem(device)
+    (q, k, v), options = LONG.tensors(device, torch.bfloat16), LONG.options(device)
     first, end = LONG.length - 8, LONG.length
     from_key = max(first - LONG.window.left, 0)
     with torch.no_grad():
-        ours = by_kernel(q, k, v, problem)[-1:, -1:, first:]
-        seen = replace(problem, q_at=problem.q_at.rows(first, end), k_at=problem.k_at.rows(from_key, end))
+        ours = by_kernel(q, k, v, options)[-1:, -1:, first:]
+        seen = replace(options, q_at=options.q_at.rows(first, end), k_at=options.k_at.rows(from_key, end))
         return far(ours, reference(q[-1:, -1:, first:].double(), k[-1:, :, from_key:].double(),
                                    v[-1:, :, from_key:].double(), seen))

@@ -17,7 +17,7 @@ import torch
 
 from mm.errors import InputError
 
-from .attention_questions import COMPILED, DECODED, EXACT, Question
+from .attention_workloads import COMPILED, DECODED, EXACT, Workload
 from .report import Case, cores
 
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # matrix instructions; 16 rows of a decoding step take HMMA
@@ -101,30 +101,30 @@ def output(*command: Any) -> str:
     return subprocess.run([str(x) for x in command], check=True, capture_output=True, text=True).stdout
 
 
-def compile_all(question: Question, dtype: torch.dtype, arch: int) -> list[Compiled]:
-    """Every kernel that a question starts."""
-    return [inspect(*binary, arch) for binary in binaries(question, dtype, arch)]
+def compile_all(workload: Workload, dtype: torch.dtype, arch: int) -> list[Compiled]:
+    """Every kernel that a workload starts."""
+    return [inspect(*binary, arch) for binary in binaries(workload, dtype, arch)]
 
 
-def binaries(question: Question, dtype: torch.dtype, arch: int) -> list[Binary]:
+def binaries(workload: Workload, dtype: torch.dtype, arch: int) -> list[Binary]:
     from mm.kernels import triton_launch, triton_plan
     from mm.kernels.operator import kernel_args
 
     from .attention_hopper import forward_on_hopper, suits_hopper
 
     meta = torch.device("meta")
-    call = triton_plan.KernelArgs(*kernel_args(*question.tensors(meta, dtype), question.problem(meta)))
+    call = triton_plan.KernelArgs(*kernel_args(*workload.tensors(meta, dtype), workload.options(meta)))
     with elsewhere(arch) as compiled, torch.no_grad():
         out, lse = triton_launch.attention(call)
         if arch == 90 and suits_hopper(call):
             forward_on_hopper(call, out, lse)
-        if question.trained:
+        if workload.trained:
             triton_launch.gradients(call, torch.empty_like(out), out, lse)
     return compiled
 
 
-def suite() -> dict[str, tuple[Question, torch.dtype]]:
-    bf16 = {name: (question, torch.bfloat16) for name, question in {**COMPILED, **DECODED}.items()}
+def suite() -> dict[str, tuple[Workload, torch.dtype]]:
+    bf16 = {name: (workload, torch.bfloat16) for name, workload in {**COMPILED, **DECODED}.items()}
     return {**bf16, **{f"{name}, float32": (bf16[name][0], torch.float32) for name in EXACT}}
 
 
@@ -137,7 +137,7 @@ def measure(arch: int) -> list[Case]:
             for case in cases(f"sm_{arch}, {name}: {one.kernel} ({one.tile})", one)]
 
 
-def in_processes(compiling: Callable[..., Any], jobs: list[tuple[Question, torch.dtype, int]]) -> list[Any]:
+def in_processes(compiling: Callable[..., Any], jobs: list[tuple[Workload, torch.dtype, int]]) -> list[Any]:
     """As many at once as there are cores; Triton keeps what it compiled on disk. Raises BrokenProcessPool if the
     compiler ends a process."""
     if cores() == 1:

@@ -23,13 +23,13 @@ from .attention_time import Peer, Run
 BACKENDS = (SDPBackend.FLASH_ATTENTION, SDPBackend.CUDNN_ATTENTION, SDPBackend.EFFICIENT_ATTENTION)
 
 
-def plain(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> dict[str, Peer]:
+def plain(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> dict[str, Peer]:
     """Of one plain run: SDPA as it chooses and by each fast kernel, FlexAttention, flash-attn where it is installed."""
-    causal = problem.window == CAUSAL
+    causal = options.window == CAUSAL
     given = {"SDPA": Peer(lambda: partial(F.scaled_dot_product_attention, q, k, v, is_causal=causal))}
     for backend in BACKENDS:
         given[f"SDPA {backend.name.lower()}"] = Peer(lambda backend=backend: by_backend(backend, q, k, v, causal))
-    given["FlexAttention"] = Peer(partial(flex, q, k, v, problem))
+    given["FlexAttention"] = Peer(partial(flex, q, k, v, options))
     if find_spec("flash_attn") is not None:
         given["flash-attn"] = Peer(lambda: flash(q, k, v, causal))
     return given
@@ -49,16 +49,16 @@ def flash(q: Tensor, k: Tensor, v: Tensor, causal: bool) -> Run:
     return lambda: flash_attn_func(*heads_last, causal=causal).transpose(1, 2)
 
 
-def rotated_first(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
+def rotated_first(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Run:
     """RoPE, then SDPA."""
-    causal, rotation = problem.window == CAUSAL, problem.q_rope
+    causal, rotation = options.window == CAUSAL, options.q_rope
     return lambda: F.scaled_dot_product_attention(rope.apply(q, rotation), rope.apply(k, rotation), v, is_causal=causal)
 
 
-def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
+def masked(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Run:
     """SDPA with a mask that is made beforehand and not timed. Heads that share keys get copies of them, since its fast
     kernels take no mask otherwise."""
-    mask = visible(problem.q_at, problem.k_at, problem.window).unsqueeze(1)
+    mask = visible(options.q_at, options.k_at, options.window).unsqueeze(1)
     shared = q.shape[1] // k.shape[1]
 
     def call() -> Tensor:
@@ -67,16 +67,16 @@ def masked(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
     return call
 
 
-def flex(q: Tensor, k: Tensor, v: Tensor, problem: AttentionOptions) -> Run:
+def flex(q: Tensor, k: Tensor, v: Tensor, options: AttentionOptions) -> Run:
     """FlexAttention compiled, for runs at 0..T-1 and packed documents, with a block mask made beforehand."""
-    everyone = problem.window == EVERYWHERE and problem.q_at.document is None
-    blocks = None if everyone else create_block_mask(seen(problem), None, None, q.shape[2], k.shape[2], device=q.device)
-    how = dict(score_mod=score(problem), block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
-    if problem.sinks is None:
+    everyone = options.window == EVERYWHERE and options.q_at.document is None
+    blocks = None if everyone else create_block_mask(seen(options), None, None, q.shape[2], k.shape[2], device=q.device)
+    how = dict(score_mod=score(options), block_mask=blocks, enable_gqa=q.shape[1] != k.shape[1])
+    if options.sinks is None:
         run = compiled(flex_attention)
         return lambda: run(q, k, v, **how)
     run = compiled(with_sinks)
-    return lambda: run(q, k, v, problem.sinks, **how)
+    return lambda: run(q, k, v, options.sinks, **how)
 
 
 def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **how: Any) -> Tensor:
@@ -86,7 +86,7 @@ def with_sinks(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, **how: Any) -> Te
 
 
 def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Anew: for the shapes of one question alone, and with a backward pass that can run many times."""
+    """Anew: for the shapes of one workload alone, and with a backward pass that can run many times."""
     import torch._dynamo
     import torch._functorch.config
 
@@ -95,8 +95,8 @@ def compiled(call: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return torch.compile(call, dynamic=False)
 
 
-def seen(problem: AttentionOptions) -> Callable[..., Tensor]:
-    window, document = problem.window, problem.q_at.document
+def seen(options: AttentionOptions) -> Callable[..., Tensor]:
+    window, document = options.window, options.q_at.document
     document = None if document is None else document[0]
 
     def mask(batch: Any, head: Any, i: Any, j: Any) -> Tensor:
@@ -107,13 +107,13 @@ def seen(problem: AttentionOptions) -> Callable[..., Tensor]:
     return mask
 
 
-def score(problem: AttentionOptions) -> Callable[..., Tensor] | None:
-    softcap, bias = problem.softcap, problem.bias
+def score(options: AttentionOptions) -> Callable[..., Tensor] | None:
+    softcap, bias = options.softcap, options.bias
     if softcap:
         return lambda s, batch, head, i, j: softcap * torch.tanh(s / softcap)
     if bias is None:
         return None
-    reach, bucket, weight = bias.settings.distance, bias.by_offset(problem.q_at.position.device).buckets, bias.weight
+    reach, bucket, weight = bias.settings.distance, bias.by_offset(options.q_at.position.device).buckets, bias.weight
 
     def biased(s: Tensor, batch: Any, head: Any, i: Any, j: Any) -> Tensor:
         return s + weight[bucket[(j - i).clamp(-reach, reach) + reach], head]

@@ -111,7 +111,7 @@ def versus(case: str, ours: Measured, theirs: Measured, at_least: float | None =
 
 
 def alike(mine: Run, make: Callable[[], Run]) -> Run:
-    """A peer that answers the same question. Raises ValueError if it answers another."""
+    """A peer that answers the same workload. Raises ValueError if it answers another."""
     with torch.no_grad():
         ours = mine().float()
         run = make()

@@ -16,7 +16,7 @@ from mm.positions import rope
 from mm.positions.absolute import BucketBias
 from mm.positions.visibility import At, along
 from mm.recipes.bench.attention_compile import SHARED, compile_all, suite
-from mm.recipes.bench.attention_questions import Question
+from mm.recipes.bench.attention_workloads import Workload
 from mm.spec import CAUSAL, Buckets, Rope, Window
 
 CHECKS = Path(__file__).parent / "kernel_checks.py"
@@ -51,8 +51,8 @@ assert "triton" not in sys.modules
 # -------------------------------------------------------------------------------------------- ahead of time
 def fits(name, arch):
     """No spills in the forward pass, at most 32 bytes in the backward; matrix instructions; shared memory enough."""
-    question, dtype = suite()[name]
-    for found in compile_all(question, dtype, arch):
+    workload, dtype = suite()[name]
+    for found in compile_all(workload, dtype, arch):
         assert found.shared <= SHARED[arch], found
         assert found.spilled <= found.allowed or arch != 90, found  # tiles are chosen for sm_90
         assert found.kernel != "forward_hopper" or found.fetches and "12 warps" in found.tile, found
@@ -75,9 +75,9 @@ def test_compiled_for_every_gpu(name, arch):
                                                         (64, 1, 131072, 1), (64, 1, 100, 0), (1, 40, 4096, 0)])
 def test_decoding_fills_the_gpu_whatever_the_batch(batch, length, keys, parts):
     """Of 8 query heads to a key head: with keys in parts, with rows enough in one; 0 is the ordinary forward pass."""
-    question = Question(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", window=CAUSAL)
+    workload = Workload(batch=batch, heads=32, kv=4, length=length, keys=keys, tokens="ring", window=CAUSAL)
     meta = torch.device("meta")
-    call = KernelArgs(*kernel_args(*question.tensors(meta, torch.bfloat16), question.problem(meta)))
+    call = KernelArgs(*kernel_args(*workload.tensors(meta, torch.bfloat16), workload.options(meta)))
     assert splits(call) == parts
 
 

@@ -19,11 +19,11 @@ from mm.recipes.bench.report import report
 CPU = torch.device("cpu")
 
 
-def toy(question):
+def toy(workload):
     """As small as shows the same features."""
-    group = min(question.heads // question.kv, 2)
-    return replace(question, batch=1, heads=group, kv=1, length=min(question.length, 20), width=min(question.width, 32),
-                   keys=question.keys and 40, value_width=question.value_width and 32)
+    group = min(workload.heads // workload.kv, 2)
+    return replace(workload, batch=1, heads=group, kv=1, length=min(workload.length, 20), width=min(workload.width, 32),
+                   keys=workload.keys and 40, value_width=workload.value_width and 32)
 
 
 def shrink(monkeypatch, module, *names):
@@ -82,8 +82,8 @@ def test_every_line_of_the_full_suite(monkeypatch, tmp_path):
 def test_flex_attention_is_asked_the_same(name):
     """Without gradients, which it has none of on a CPU."""
     with torch.no_grad():
-        q, k, v, problem, mine = bench.made(bench.BEYOND[name][0], CPU)
-        ours, theirs = mine().float(), attention_peers.flex(q.detach(), k.detach(), v.detach(), problem)().float()
+        q, k, v, options, mine = bench.made(bench.BEYOND[name][0], CPU)
+        ours, theirs = mine().float(), attention_peers.flex(q.detach(), k.detach(), v.detach(), options)().float()
     assert (ours - theirs).abs().max() < attention_time.ALIKE * ours.abs().max()
 
 
@@ -92,7 +92,7 @@ def test_a_feature_that_is_off_is_a_line_and_timing_goes_on(monkeypatch):
     monkeypatch.setattr(attention_check, "CHECKED", {"full": attention_check.CHECKED["full"],
                                                      "sinks": attention_check.CHECKED["softcap and sinks"]})
     monkeypatch.setattr(attention_check, "repeated", lambda device: 1e-6)
-    monkeypatch.setattr(attention_check, "weights", lambda problem: 1 / 0 if problem.sinks is not None else [])
+    monkeypatch.setattr(attention_check, "weights", lambda options: 1 / 0 if options.sinks is not None else [])
     monkeypatch.setattr(bench, "measure", lambda device: iter(()))
     bad = [case for case in bench.full(CPU) if not case.ok]
     sinks = [f"check: sinks, torch.{bits} " for bits in ("float32", "float16", "bfloat16")]
@@ -104,8 +104,8 @@ def test_what_fails_on_either_side_is_a_line(monkeypatch):
     def once(run):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
     clocks(monkeypatch, once)
-    (name, (question, *floors)), *_ = bench.PLAIN.items()
-    lines = list(bench.plain_run(name, question, floors, 2.0, CPU))
+    (name, (workload, *floors)), *_ = bench.PLAIN.items()
+    lines = list(bench.plain_run(name, workload, floors, 2.0, CPU))
     assert not any(case.ok for case in lines)
     assert all("OutOfMemoryError: CUDA out of memory" in case.note for case in lines) and len(lines) == 17
     assert not bench.decoded("decode", bench.DECODED["decode, batch 1, context 4096, GQA 8:1"], 2.0, CPU).ok

@@ -1,4 +1,5 @@
-"""What `mm bench attention` asks: shapes and features, made on a GPU to run, on `meta` to compile, on a CPU to try."""
+"""Workloads of `mm bench attention`: shapes and features, made on a GPU to run, on `meta` to compile, on a CPU to try.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +19,7 @@ DOCUMENTS = 512  # tokens of a packed document, on average
 
 
 @dataclass(frozen=True, kw_only=True)
-class Question:
+class Workload:
     """One call of attention. kv: key heads; keys: as many as queries by default. tokens: one plain `run`, packed
     `documents`, `ragged` rows with padding at the end, such rows that begin with a `prefix`, or the newest tokens over
     a `ring` of keys in any order. rope: of queries and keys, or of queries alone over a ring."""
@@ -50,7 +51,7 @@ class Question:
                   (self.batch, self.kv, keys, self.value_width or self.width))
         return [torch.randn(shape, device=device, dtype=dtype).requires_grad_() for shape in shapes]
 
-    def problem(self, device: torch.device) -> AttentionOptions:
+    def options(self, device: torch.device) -> AttentionOptions:
         q_at, k_at = self.places(device)
         rotation = None if self.rope is None else rope.rotation(q_at.position[:1], self.rope, self.width)
         sinks = torch.randn(self.heads, device=device, requires_grad=True) if self.sinks else None
@@ -83,9 +84,9 @@ class Question:
         return kind(self.bias, self.heads).to(device)
 
 
-def weights(problem: AttentionOptions) -> list[Tensor]:
+def weights(options: AttentionOptions) -> list[Tensor]:
     """What is learned beside q, k and v."""
-    return [x for x in (problem.sinks, getattr(problem.bias, "weight", None)) if x is not None]
+    return [x for x in (options.sinks, getattr(options.bias, "weight", None)) if x is not None]
 
 
 GROUPED = dict(heads=32, kv=8)
@@ -104,30 +105,30 @@ FEATURES = {
     "few queries over many keys": dict(heads=16, length=3, keys=3000),
     "decoding": dict(tokens="ring", heads=16, length=1, keys=3000, window=CAUSAL, rope=Rope()),
 }
-CHECKED = {name: Question(**{**SMALL, **more}) for name, more in FEATURES.items()}
+CHECKED = {name: Workload(**{**SMALL, **more}) for name, more in FEATURES.items()}
 
 COMPILED = {
-    "head 64, full": Question(width=64), "head 64, causal": Question(width=64, window=CAUSAL),
-    "head 80, causal": Question(width=80, window=CAUSAL), "head 96, causal": Question(width=96, window=CAUSAL),
-    "head 128, full": Question(), "head 128, causal": Question(window=CAUSAL),
-    "head 256, causal": Question(width=256, window=CAUSAL),
-    "head 192/128 (MLA), causal": Question(width=192, value_width=128, window=CAUSAL),
-    "head 128, window 1024, GQA 4:1": Question(**GROUPED, window=Window(left=1023, right=0)),
-    "head 64, documents, GQA 4:1": Question(**GROUPED, width=64, tokens="documents", window=CAUSAL),
-    "head 128, documents, GQA 4:1": Question(**GROUPED, tokens="documents", window=CAUSAL),
-    "head 128, ragged rows": Question(tokens="ragged", window=CAUSAL),
-    "head 128, a prefix": Question(tokens="prefix", window=CAUSAL),
-    "head 192/128 (MLA), documents": Question(width=192, value_width=128, tokens="documents", window=CAUSAL),
-    "head 128, softcap, sinks, causal": Question(softcap=30.0, sinks=True, window=CAUSAL),
-    "head 64, T5 bias": Question(width=64, bias=Buckets()), "head 128, T5 bias": Question(bias=Buckets()),
-    "head 64, ALiBi": Question(width=64, bias=Alibi(), window=CAUSAL),
-    "head 64, dropout": Question(width=64, dropout=0.1),
-    "head 64, rotation on load (ViT)": Question(width=64, length=197, rope=Rope()),
-    "head 128, rotation on load": Question(length=512, rope=Rope(), window=CAUSAL),
+    "head 64, full": Workload(width=64), "head 64, causal": Workload(width=64, window=CAUSAL),
+    "head 80, causal": Workload(width=80, window=CAUSAL), "head 96, causal": Workload(width=96, window=CAUSAL),
+    "head 128, full": Workload(), "head 128, causal": Workload(window=CAUSAL),
+    "head 256, causal": Workload(width=256, window=CAUSAL),
+    "head 192/128 (MLA), causal": Workload(width=192, value_width=128, window=CAUSAL),
+    "head 128, window 1024, GQA 4:1": Workload(**GROUPED, window=Window(left=1023, right=0)),
+    "head 64, documents, GQA 4:1": Workload(**GROUPED, width=64, tokens="documents", window=CAUSAL),
+    "head 128, documents, GQA 4:1": Workload(**GROUPED, tokens="documents", window=CAUSAL),
+    "head 128, ragged rows": Workload(tokens="ragged", window=CAUSAL),
+    "head 128, a prefix": Workload(tokens="prefix", window=CAUSAL),
+    "head 192/128 (MLA), documents": Workload(width=192, value_width=128, tokens="documents", window=CAUSAL),
+    "head 128, softcap, sinks, causal": Workload(softcap=30.0, sinks=True, window=CAUSAL),
+    "head 64, T5 bias": Workload(width=64, bias=Buckets()), "head 128, T5 bias": Workload(bias=Buckets()),
+    "head 64, ALiBi": Workload(width=64, bias=Alibi(), window=CAUSAL),
+    "head 64, dropout": Workload(width=64, dropout=0.1),
+    "head 64, rotation on load (ViT)": Workload(width=64, length=197, rope=Rope()),
+    "head 128, rotation on load": Workload(length=512, rope=Rope(), window=CAUSAL),
 }
 EXACT = ("head 64, causal", "head 128, causal", "head 256, causal", "head 128, documents, GQA 4:1", "head 64, T5 bias",
          "head 64, rotation on load (ViT)", "head 128, decode, GQA 8:1")  # those compiled for float32 as well
 DECODED = {
-    f"head {width}, decode, GQA 8:1": Question(batch=1, heads=64, kv=8, length=1, keys=32768, width=width,
+    f"head {width}, decode, GQA 8:1": Workload(batch=1, heads=64, kv=8, length=1, keys=32768, width=width,
                                                tokens="ring", rope=Rope(), window=CAUSAL)
     for width in (64, 128, 256)}
