@@ -21,38 +21,53 @@ HOLES = {"n": r"(?P<n>\d+)", "x": r"(?P<x>weight|bias)", "name": r"(?P<name>.+)"
 
 @dataclass(frozen=True)
 class WeightTransform:
-    """How the tensors of one rule change: `load` makes ours from theirs, `save` theirs from ours, exact inverses.
-    `loose`: theirs may carry any number of dimensions of size 1."""
+    """The change of the tensors of one rule: `load` makes ours from theirs, `save` theirs from ours, exact inverses.
+    `name` is for people. `loose`: theirs may carry any number of dimensions of size 1."""
 
     load: Change
     save: Change
+    name: str = "changed"
     loose: bool = False
 
+    def inverse(self) -> WeightTransform:
+        """The same change where ours are theirs."""
+        return replace(self, load=self.save, save=self.load)
 
-SAME = WeightTransform(list, list)
-TRANSPOSED = WeightTransform(lambda xs: [xs[0].T], lambda xs: [xs[0].T])
-GATE_UP = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))])  # one to two
-STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()))
-SCALAR = WeightTransform(lambda xs: [xs[0].reshape(())], list, loose=True)
+
+SAME = WeightTransform(list, list, "")
+TRANSPOSED = WeightTransform(lambda xs: [xs[0].T], lambda xs: [xs[0].T], "transposed")
+STACKED = WeightTransform(lambda xs: [torch.stack(list(xs))], lambda xs: list(xs[0].unbind()), "stacked")
+GATE_UP = WeightTransform(lambda xs: list(xs[0].chunk(2)), lambda xs: [torch.cat(list(xs))], "two halves")
+SCALAR = WeightTransform(lambda xs: [xs[0].reshape(())], list, "one number", loose=True)
 
 
 def fused(*sizes: int) -> WeightTransform:
     """Several of theirs, `sizes` long in their first dimension, are one of ours (query, key and value projections)."""
-    return WeightTransform(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].split(sizes)))
+    return WeightTransform(lambda xs: [torch.cat(list(xs))], lambda xs: list(xs[0].split(sizes)), "side by side")
 
 
 def reshaped(ours: Shape, theirs: Shape) -> WeightTransform:
-    return WeightTransform(lambda xs: [xs[0].reshape(ours)], lambda xs: [xs[0].reshape(theirs)])
+    return WeightTransform(lambda xs: [xs[0].reshape(ours)], lambda xs: [xs[0].reshape(theirs)], "reshaped")
 
 
 def halves(heads: int) -> WeightTransform:
     """Rows of a query or key projection from interleaved rotary pairs (theirs) to two halves per head (ours)."""
-    def deal(x: Tensor) -> Tensor:
-        return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
+    def order(x: Tensor, shape: tuple[int, int]) -> Tensor:
+        return x.unflatten(0, (heads, *shape)).transpose(1, 2).flatten(0, 2)
+    return WeightTransform(lambda xs: [order(xs[0], (-1, 2))], lambda xs: [order(xs[0], (2, -1))], "rotary pairs")
 
-    def riffle(x: Tensor) -> Tensor:
-        return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-    return WeightTransform(lambda xs: [deal(xs[0])], lambda xs: [riffle(xs[0])])
+
+def rotary(heads: int, kv_heads: int, width: int, interleaved: bool = True) -> WeightTransform:
+    """Query, key and value projections side by side, the rotary pairs of the first two from theirs (interleaved, or two
+    halves per head) to the other order."""
+    q, k = (halves(count) if interleaved else halves(count).inverse() for count in (heads, kv_heads))
+    sizes = [heads * width, kv_heads * width, kv_heads * width]
+
+    def save(xs: Sequence[Tensor]) -> list[Tensor]:
+        parts = xs[0].split(sizes)
+        return [*q.save(parts[:1]), *k.save(parts[1:2]), parts[2]]
+    return WeightTransform(lambda xs: [torch.cat([*q.load(xs[:1]), *k.load(xs[1:2]), xs[2]])], save,
+                           "side by side, rotary pairs")
 
 
 @dataclass(frozen=True)
@@ -77,7 +92,8 @@ def rules_of(rows: Mapping[str, str], transforms: Mapping[str, WeightTransform] 
     for theirs, row in rows.items():
         ours, _, name = (part.strip() for part in row.partition("|"))
         if ours:
-            found.append(Rule(spread(theirs, count), spread(ours, count), (transforms or {})[name] if name else SAME))
+            transform = (transforms or {})[name] if name else SAME
+            found.append(Rule(spread(theirs, count), spread(ours, count), transform))
     return tuple(found)
 
 
@@ -140,8 +156,8 @@ class Table:
         return out
 
     def rows(self, names: Iterable[str]) -> Iterator[tuple[str, str, str]]:
-        """(name in the file, names here, what happens to it) of every weight of a file, in the file's order. A weight
-        that is left out has the reason in place of names."""
+        """(name in the file, names here, the transform) of every weight of a file, in the file's order. A weight that
+        is left out has the reason in place of names."""
         steps, _ = self.match([name for name in names if not self.ignores(name)], "theirs")
         of = {theirs: step for step in steps for theirs in step.theirs}
         for name in names:
@@ -151,8 +167,7 @@ class Table:
                 yield name, "not known", ""
             else:
                 step = of[name]
-                change = "" if step.transform is SAME else ", one of several" if len(step.theirs) > 1 else ", changed"
-                yield name, " + ".join(step.ours), change
+                yield name, " + ".join(step.ours), step.transform.name and f", {step.transform.name}"
 
     def reason(self, name: str) -> str | None:
         """Why a weight of a file is left out, None where it is not."""

@@ -8,12 +8,11 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from mm.checkpoint.family import Family, Keys, ensure_kept
 from mm.checkpoint.fields import Values, always, extend, field, gather, pair, spell
 from mm.checkpoint.hf import FILES, HARMLESS, rope_config, rope_of
-from mm.checkpoint.tables import GATE_UP, STACKED, Table, WeightTransform, fused, rules_of
+from mm.checkpoint.tables import GATE_UP, STACKED, Table, WeightTransform, fused, rotary, rules_of
 from mm.errors import InputError
 from mm.spec import Attention, CSMSpec, Depth, DuplexSpec, Rope, Stack, TextStream, Window
 from mm.text.families.decoder import STACK, WEIGHTS, layers_of, stack_pieces, widths
@@ -181,21 +180,6 @@ def moshi_config(spec: DuplexSpec) -> dict[str, Any]:
     return config
 
 
-def halved(mixer: Attention) -> WeightTransform:
-    """Query, key and value projections whose rotary pairs lie in halves; ours are one, and interleaved."""
-    def rotated(x: Tensor, heads: int, shape: tuple[int, int]) -> Tensor:
-        return x.unflatten(0, (heads, *shape)).transpose(1, 2).flatten(0, 2)
-
-    def load(xs: Sequence[Tensor]) -> list[Tensor]:
-        pairs = zip(xs[:2], (mixer.heads, mixer.kv_heads), strict=True)
-        return [torch.cat([*(rotated(x, heads, (2, -1)) for x, heads in pairs), xs[2]])]
-
-    def save(xs: Sequence[Tensor]) -> list[Tensor]:
-        q, k, v = xs[0].split(widths(mixer))
-        return [rotated(q, mixer.heads, (-1, 2)), rotated(k, mixer.kv_heads, (-1, 2)), v]
-    return WeightTransform(load, save)
-
-
 def joined(mixer: Attention) -> WeightTransform:
     """Query, key and value projections of every step, (steps, rows, D); ours are one."""
     return WeightTransform(lambda xs: [torch.cat(list(xs), 1)], lambda xs: list(xs[0].split(widths(mixer), 1)))
@@ -221,8 +205,9 @@ MOSHI_WEIGHTS = {
 
 
 def moshi_table(spec: DuplexSpec, names: Iterable[str]) -> Table:
-    transforms = {"halved": halved(spec.stack.layers[0].mixer), "joined": joined(spec.depth.stack.layers[0].mixer),
-                  "two": GATE_UP, "stacked": STACKED}
+    mixer = spec.stack.layers[0].mixer
+    transforms = {"halved": rotary(mixer.heads, mixer.kv_heads, mixer.head_dim, interleaved=False),
+                  "joined": joined(spec.depth.stack.layers[0].mixer), "two": GATE_UP, "stacked": STACKED}
     rules = (*rules_of({"embed_tokens.[*].weight": "codes.weight | stacked"}, transforms, spec.codebooks),
              *rules_of({"depth_decoder.embed_tokens.[*].weight": "depth.codes.weight | stacked"}, transforms,
                        spec.own - 1), *rules_of(MOSHI_WEIGHTS, transforms))

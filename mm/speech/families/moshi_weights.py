@@ -69,8 +69,7 @@ def layer_rules(theirs: str, ours: str, layer: Layer, joined: str, memory: bool)
     rules += scale_rules(theirs, ours)
     if layer.cross is not None:
         width = layer.cross.heads * layer.cross.head_dim
-        cross = fused(width, 2 * layer.cross.kv_heads * layer.cross.head_dim)
-        back = WeightTransform(cross.save, cross.load)  # one of theirs, two of ours
+        back = fused(width, 2 * layer.cross.kv_heads * layer.cross.head_dim).inverse()  # one of theirs, two of ours
         rules += [rule(f"{theirs}cross_attention.{into}", (ours + "cross.q.weight", ours + "cross.kv.weight"), back),
                   rule(f"{theirs}cross_attention.{out}", ours + "cross.out.weight"),
                   rule(theirs + "norm_cross.{x}", ours + "cross_norm.{x}")]

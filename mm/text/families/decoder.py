@@ -35,6 +35,9 @@ ATTENTION = (
     silent(BIAS), silent(field("attention_dropout", "mixer.dropout", kind=float, default=0.0)),
     rope(), always(mixer__window=CAUSAL))
 MLP = (field("intermediate_size", "mlp.hidden"), act(default="silu"), silent(MLP_BIAS), always(mlp__gated=True))
+PLAIN = always(  # where files say nothing else
+    mixer__window=CAUSAL, mixer__out_bias=False, mlp__act="silu", mlp__gated=True, mlp__up_bias=False,
+    mlp__down_bias=False)
 STACK = (*SIZES, *ATTENTION, *MLP, NORM)
 LLAMA = (
     *STACK, field("vocab_size", "embed.vocab"),
@@ -80,10 +83,7 @@ class Decoder(Kind):
     transforms: Callable[[DecoderSpec], Mapping[str, WeightTransform]] = side_by_side
 
     def build(self, v: Values) -> DecoderSpec:
-        layers = layers_of(v)
-        return DecoderSpec(embed=v.make("embed"), context=v["spec.context"], head=v.make("head"),
-                           ahead=layers[-1:] * v.get("spec.ahead", 0),
-                           stack=Stack(dim=v["stack.dim"], layers=layers, final_norm=layers[0].norm))
+        return decoder_of(v)
 
     def pieces(self, spec: DecoderSpec) -> Pieces:
         return stack_pieces(spec.stack, spec.context, embed=spec.embed, head=spec.head, ahead=len(spec.ahead))
@@ -98,6 +98,14 @@ class Decoder(Kind):
 
     def family(self, **more: Any) -> Family:
         return super().family(**{"files": files, "complete": complete} | more)
+
+
+def decoder_of(v: Values) -> DecoderSpec:
+    """The decoder that values describe."""
+    layers = layers_of(v)
+    return DecoderSpec(embed=v.make("embed"), context=v["spec.context"], head=v.make("head"),
+                       ahead=layers[-1:] * v.get("spec.ahead", 0),
+                       stack=Stack(dim=v["stack.dim"], layers=layers, final_norm=layers[0].norm))
 
 
 def stack_pieces(stack: Stack, context: int, ahead: int = 0, **more: Any) -> Pieces:

@@ -5,8 +5,7 @@ The weights are widened to float32 with the `gguf` package, which also knows eve
 
 from __future__ import annotations
 
-from collections.abc import Callable, Container, Mapping, Sequence
-from dataclasses import replace
+from collections.abc import Callable, Container, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,25 +13,12 @@ import torch
 from torch import Tensor
 
 from mm.checkpoint.family import Extras, Keys, Opened
+from mm.checkpoint.fields import field, gather
 from mm.checkpoint.files import Weights
-from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
+from mm.checkpoint.tables import Table, fused, rotary, rules_of
 from mm.errors import InputError
-from mm.spec import (
-    CAUSAL,
-    Attention,
-    DecoderSpec,
-    Embed,
-    Layer,
-    LinearScaling,
-    LMHead,
-    LongRope,
-    Mlp,
-    QKNorm,
-    RMSNorm,
-    Rope,
-    Scaling,
-    Stack,
-)
+from mm.spec import DecoderSpec, LinearScaling, LongRope, QKNorm, Rope, Scaling
+from mm.text.families.decoder import PLAIN, decoder_of, widths
 from mm.tokenizer.bpe import TokenizersFile, scored_pipeline, split_pipeline, start_with
 from mm.tokenizer.tokenizer import Tokenizer
 
@@ -64,6 +50,15 @@ def read_gguf(path: Path) -> Opened:
     return Opened(spec, Weights(str(path), shapes, read), table(fields[ARCHITECTURE], spec), extras)
 
 
+FIELDS = (
+    field("embedding_length", "stack.dim"), field("block_count", "stack.depth"),
+    field("context_length", "spec.context"), field("feed_forward_length", "mlp.hidden"),
+    field("attention.head_count", "mixer.heads"),
+    field("attention.head_count_kv", "mixer.kv_heads", default=lambda v: v["mixer.heads"]),
+    field("attention.key_length", "mixer.head_dim", default=lambda v: v["stack.dim"] // v["mixer.heads"]),
+    field("attention.layer_norm_rms_epsilon", "norm.eps", kind=float), PLAIN)
+
+
 def to_spec(fields: Mapping[str, Any], names: Container[str], read: Callable[[str], Tensor], where: str
             ) -> DecoderSpec:
     """Raises InputError for another architecture and for keys which are absent, wrong, or not understood."""
@@ -72,28 +67,19 @@ def to_spec(fields: Mapping[str, Any], names: Container[str], read: Callable[[st
         raise InputError(f"{where} holds a model of the architecture {kind}, only {', '.join(KINDS)} are read")
     start = f"{kind}."
     keys = Keys({name.removeprefix(start): value for name, value in fields.items() if name.startswith(start)}, where)
-    dim, context = keys.positive("embedding_length"), keys.positive("context_length")
-    norm = RMSNorm(eps=float(keys.take("attention.layer_norm_rms_epsilon", float)))
-    freqs = read(FREQS) if FREQS in names else None
-    mixer = attention_of(keys, dim, "blk.0.attn_q.bias" in names, rope_scaling(keys, context, freqs))
+    v = gather(FIELDS, keys)
+    scaling = rope_scaling(keys, v["spec.context"], read(FREQS) if FREQS in names else None)
+    width = v["mixer.head_dim"]
+    rotated = keys.positive("rope.dimension_count", width)
+    v["mixer.rope"] = Rope(theta=float(keys.take("rope.freq_base", float, 10000.0)), scaling=scaling,
+                           dim=None if rotated == width else rotated)
+    v |= {f"mixer.{part}_bias": "blk.0.attn_q.bias" in names for part in "qkv"}
     if "blk.0.attn_q_norm.weight" in names:
-        mixer = replace(mixer, qk_norm=QKNorm(norm=norm))
-    mlp = Mlp(hidden=keys.positive("feed_forward_length"), act="silu", gated=True, up_bias=False, down_bias=False)
-    layers = (Layer(mixer=mixer, mlp=mlp, norm=norm),) * keys.positive("block_count")
-    vocab = keys.positive("vocab_size", len(fields.get("tokenizer.ggml.tokens", ())) or ...)
+        v["mixer.qk_norm"] = QKNorm(norm=v.make("norm"))
+    v["embed.vocab"] = keys.positive("vocab_size", len(fields.get("tokenizer.ggml.tokens", ())) or ...)
+    v["head.tied"] = "output.weight" not in names
     keys.done({"attention.value_length"})
-    return DecoderSpec(embed=Embed(vocab=vocab), stack=Stack(dim=dim, layers=layers, final_norm=norm), context=context,
-                       head=LMHead(tied="output.weight" not in names))
-
-
-def attention_of(keys: Keys, dim: int, biased: bool, scaling: Scaling | None) -> Attention:
-    heads = keys.positive("attention.head_count")
-    width = keys.positive("attention.key_length", dim // heads)
-    turned = keys.positive("rope.dimension_count", width)
-    rope = Rope(theta=float(keys.take("rope.freq_base", float, 10000.0)), dim=None if turned == width else turned,
-                scaling=scaling)
-    return Attention(heads=heads, kv_heads=keys.positive("attention.head_count_kv", heads), head_dim=width,
-                     window=CAUSAL, rope=rope, q_bias=biased, k_bias=biased, v_bias=biased, out_bias=False)
+    return decoder_of(v)
 
 
 def rope_scaling(keys: Keys, context: int, freqs: Tensor | None) -> Scaling | None:
@@ -107,60 +93,48 @@ def rope_scaling(keys: Keys, context: int, freqs: Tensor | None) -> Scaling | No
     return LinearScaling(factor=factor) if kind == "linear" else None
 
 
+WEIGHTS = {
+    "token_embd.weight": "embed.tokens.weight",
+    "blk.{n}.attn_norm.weight": "stack.blocks.{n}.mixer_norm.weight",
+    "blk.{n}.attn_[q k v].{x}": "stack.blocks.{n}.mixer.qkv.{x} | qkv",
+    "blk.{n}.attn_q_norm.weight": "stack.blocks.{n}.mixer.q_norm.weight",
+    "blk.{n}.attn_k_norm.weight": "stack.blocks.{n}.mixer.k_norm.weight",
+    "blk.{n}.attn_output.weight": "stack.blocks.{n}.mixer.out.weight",
+    "blk.{n}.ffn_norm.weight": "stack.blocks.{n}.mlp_norm.weight",
+    "blk.{n}.ffn_gate.weight": "stack.blocks.{n}.mlp.gate.weight",
+    "blk.{n}.ffn_up.weight": "stack.blocks.{n}.mlp.up.weight",
+    "blk.{n}.ffn_down.weight": "stack.blocks.{n}.mlp.down.weight",
+    "output_norm.weight": "stack.final_norm.weight",
+    "output.weight": "head.weight"}
+
+
 def table(kind: str, spec: DecoderSpec) -> Table:
     """llama's queries and keys have their rotary pairs side by side, the others' as halves."""
-    t, o = "blk.{n}.", "stack.blocks.{n}."
     mixer = spec.stack.layers[0].mixer
-    heads, kv = mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim
-    transform = dealt(mixer) if kind == "llama" else fused(heads, kv, kv)
-    rules: list[Rule] = [
-        rule("token_embd.weight", "embed.tokens.weight"), rule("output_norm.weight", "stack.final_norm.weight"),
-        rule("output.weight", "head.weight"),
-        *(rule(tuple(f"{t}attn_{part}.{x}" for part in "qkv"), f"{o}mixer.qkv.{x}", transform)
-          for x in ("weight", "bias")),
-        *(rule(f"{t}attn_{part}.weight", f"{o}mixer.{part}.weight") for part in ("q_norm", "k_norm")),
-        rule(t + "attn_output.weight", o + "mixer.out.weight"), rule(t + "attn_norm.weight", o + "mixer_norm.weight"),
-        rule(t + "ffn_norm.weight", o + "mlp_norm.weight"),
-        *(rule(f"{t}ffn_{part}.weight", f"{o}mlp.{part}.weight") for part in ("gate", "up", "down"))]
-    return Table(tuple(rules), {FREQS: "a part of the config: a divisor per angle"})
-
-
-def dealt(mixer: Attention) -> WeightTransform:
-    """Queries, keys and values side by side, the first two from interleaved rotary pairs to halves."""
-    sizes = (mixer.heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim, mixer.kv_heads * mixer.head_dim)
-
-    def deal(x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(0, (heads, -1, 2)).transpose(1, 2).flatten(0, 2)
-
-    def riffle(x: Tensor, heads: int) -> Tensor:
-        return x.unflatten(0, (heads, 2, -1)).transpose(1, 2).flatten(0, 2)
-
-    def save(xs: Sequence[Tensor]) -> list[Tensor]:
-        q, k, v = xs[0].split(sizes)
-        return [riffle(q, mixer.heads), riffle(k, mixer.kv_heads), v]
-    return WeightTransform(lambda xs: [torch.cat([deal(xs[0], mixer.heads), deal(xs[1], mixer.kv_heads), xs[2]])], save)
+    qkv = rotary(mixer.heads, mixer.kv_heads, mixer.head_dim) if kind == "llama" else fused(*widths(mixer))
+    return Table(rules_of(WEIGHTS, {"qkv": qkv}), {FREQS: "a part of the config: a divisor per angle"})
 
 
 # ------------------------------------------------------------------------------------------ tokenizer
 def tokenizer_of(fields: Mapping[str, Any], where: str) -> Tokenizer | None:
-    told = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
-    tokens, kind = told.get("tokens"), told.get("model")
+    given = {name.removeprefix("tokenizer.ggml."): value for name, value in fields.items()}
+    tokens, kind = given.get("tokens"), given.get("model")
     if not tokens:
         return None
-    special = [token for token, sort in zip(tokens, told.get("token_type", ()), strict=False) if sort == CONTROL]
+    special = [token for token, sort in zip(tokens, given.get("token_type", ()), strict=False) if sort == CONTROL]
     if kind == "gpt2":
-        merges = [tuple(pair.split(" ")) for pair in told["merges"]]
-        made = split_pipeline({token: i for i, token in enumerate(tokens)}, merges, told.get("pre", "default"), where)
+        merges = [tuple(pair.split(" ")) for pair in given["merges"]]
+        made = split_pipeline({token: i for i, token in enumerate(tokens)}, merges, given.get("pre", "default"), where)
     elif kind == "llama":
-        made = scored_pipeline(tokens, told["scores"], space=told.get("add_space_prefix", True))
+        made = scored_pipeline(tokens, given["scores"], space=given.get("add_space_prefix", True))
     else:
         raise InputError(f"{where}: a tokenizer of the model {kind} is not known, only gpt2 and llama")
     made.add_special_tokens(special)
-    ids = {name: told.get(f"{name}_token_id") for name in ("bos", "eos", "padding")}
+    ids = {name: given.get(f"{name}_token_id") for name in ("bos", "eos", "padding")}
     template = fields.get("tokenizer.chat_template")
     settings = {f"{name}_token": tokens[i] for name, i in (("bos", ids["bos"]), ("eos", ids["eos"]),
                                                            ("pad", ids["padding"])) if i is not None}
-    starts = told.get("add_bos_token", kind == "llama") and ids["bos"] is not None
+    starts = given.get("add_bos_token", kind == "llama") and ids["bos"] is not None
     if starts:
         start_with(made, tokens[ids["bos"]], ids["bos"])
     return Tokenizer(

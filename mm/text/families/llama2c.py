@@ -4,17 +4,19 @@ weights (`.data`, as compiled for browsers)."""
 from __future__ import annotations
 
 import struct
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from mm.checkpoint.family import Extras, Opened
+from mm.checkpoint.family import Extras, Keys, Opened
+from mm.checkpoint.fields import Values, gather
 from mm.checkpoint.files import Weights
-from mm.checkpoint.tables import Table, rule
+from mm.checkpoint.tables import Table, rotary, rules_of
 from mm.errors import InputError
-from mm.spec import CAUSAL, Attention, DecoderSpec, Embed, Layer, LMHead, Mlp, RMSNorm, Rope, Stack
-from mm.text.families.gguf import dealt
+from mm.spec import DecoderSpec, Rope
+from mm.text.families.decoder import PLAIN, decoder_of
 from mm.tokenizer.bpe import TokenizersFile, scored_pipeline, start_with
 from mm.tokenizer.tokenizer import Tokenizer
 
@@ -30,21 +32,20 @@ def read_llama2c(path: Path) -> Opened:
     dim, hidden, depth, heads, kv_heads, vocab, context = HEADER.unpack_from(data)
     if min(dim, hidden, depth, heads, kv_heads, context) < 1 or not vocab or dim % heads or heads % kv_heads:
         raise InputError(f"{path} does not begin with the seven numbers of a llama2.c model")
-    spec = spec_of(dim, hidden, depth, heads, kv_heads, abs(vocab), context, tied=vocab > 0)
+    spec = spec_of(HEADER.unpack_from(data))
     weights, rest = weights_of(path, data, spec)
     tokenizer = tokenizer_of(*read_vocabulary(path, rest, abs(vocab))) if rest else tokenizer_beside(path, abs(vocab))
     return Opened(spec, weights, table(spec), Extras(tokenizer=tokenizer))
 
 
-def spec_of(dim: int, hidden: int, depth: int, heads: int, kv_heads: int, vocab: int, context: int,
-            tied: bool) -> DecoderSpec:
-    norm = RMSNorm(eps=1e-5)
-    mixer = Attention(heads=heads, kv_heads=kv_heads, head_dim=dim // heads, window=CAUSAL, rope=Rope(), q_bias=False,
-                      k_bias=False, v_bias=False, out_bias=False)
-    mlp = Mlp(hidden=hidden, act="silu", gated=True, up_bias=False, down_bias=False)
-    layers = (Layer(mixer=mixer, mlp=mlp, norm=norm),) * depth
-    return DecoderSpec(embed=Embed(vocab=vocab), stack=Stack(dim=dim, layers=layers, final_norm=norm), context=context,
-                       head=LMHead(tied=tied))
+def spec_of(sizes: Sequence[int]) -> DecoderSpec:
+    """sizes: the seven numbers of a header; a negative vocabulary means a head that is not tied."""
+    dim, hidden, depth, heads, kv_heads, vocab, context = sizes
+    v = gather((PLAIN,), Keys({}, "llama2.c")) | {f"mixer.{part}_bias": False for part in "qkv"}
+    return decoder_of(Values(v | {
+        "stack.dim": dim, "stack.depth": depth, "spec.context": context, "embed.vocab": abs(vocab),
+        "head.tied": vocab > 0, "mixer.heads": heads, "mixer.kv_heads": kv_heads, "mixer.head_dim": dim // heads,
+        "mixer.rope": Rope(), "mlp.hidden": hidden, "norm.eps": 1e-5}))
 
 
 def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> tuple[Weights, bytes]:
@@ -71,15 +72,18 @@ def weights_of(path: Path, data: bytes, spec: DecoderSpec) -> tuple[Weights, byt
     return Weights(str(path), shapes, held.__getitem__), data[end:]
 
 
+WEIGHTS = {
+    "embed": "embed.tokens.weight", "norm": "stack.final_norm.weight", "head": "head.weight",
+    "{n}.attn_norm": "stack.blocks.{n}.mixer_norm.weight", "{n}.[q k v]": "stack.blocks.{n}.mixer.qkv.weight | qkv",
+    "{n}.o": "stack.blocks.{n}.mixer.out.weight", "{n}.ffn_norm": "stack.blocks.{n}.mlp_norm.weight",
+    "{n}.gate": "stack.blocks.{n}.mlp.gate.weight", "{n}.up": "stack.blocks.{n}.mlp.up.weight",
+    "{n}.down": "stack.blocks.{n}.mlp.down.weight"}
+
+
 def table(spec: DecoderSpec) -> Table:
-    ours = "stack.blocks.{n}."
-    names = {"attn_norm": "mixer_norm", "o": "mixer.out", "ffn_norm": "mlp_norm", "gate": "mlp.gate", "up": "mlp.up",
-             "down": "mlp.down"}
-    return Table((
-        rule("embed", "embed.tokens.weight"), rule("norm", "stack.final_norm.weight"), rule("head", "head.weight"),
-        rule(("{n}.q", "{n}.k", "{n}.v"), ours + "mixer.qkv.weight", dealt(spec.stack.layers[0].mixer)),
-        *(rule("{n}." + theirs, f"{ours}{mine}.weight") for theirs, mine in names.items())),
-        {"rope": "rotations are computed from positions"})
+    mixer = spec.stack.layers[0].mixer
+    return Table(rules_of(WEIGHTS, {"qkv": rotary(mixer.heads, mixer.kv_heads, mixer.head_dim)}),
+                 {"rope": "rotations are computed from positions"})
 
 
 def tokenizer_beside(path: Path, vocab: int) -> Tokenizer | None:
