@@ -17,8 +17,9 @@ import torch
 
 from mm.errors import InputError
 
+from ..common.machine import cores
 from .attention_workloads import COMPILED, DECODED, EXACT, Workload
-from .report import Case, cores
+from .report import Case
 
 MATRIX = {80: "HMMA", 90: "HGMMA", 100: "UTCHMMA"}  # matrix instructions; 16 rows of a decoding step take HMMA
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a program may use

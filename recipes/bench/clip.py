@@ -14,9 +14,10 @@ from mm.checkpoint.files import Weights, load
 from ...encoders.clip import CLIP
 from ...encoders.vision.families import open_clip as family
 from ..clip.loss import clip_loss
+from ..common.machine import cores
 from ..train.optim import adamw
 from ..train.settings import Optim
-from .report import Bench, Case, cores, interleave, report
+from .report import Bench, Case, interleave, report
 
 VISION = {"image_size": 224, "patch_size": 32, "width": 768, "layers": 12}
 TEXT = {"context_length": 77, "vocab_size": 49408, "width": 512, "heads": 8, "layers": 12}

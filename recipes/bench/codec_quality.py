@@ -24,8 +24,8 @@ from mm.errors import InputError
 from ...encoders.audio.spectrogram import RATE, read_sound
 from ...encoders.audio.transcribe import transcribe
 from ..codec.data import below
+from ..codec.evaluation import si_sdr, used
 from ..codec.loss import MelDistance
-from ..codec.quality import si_sdr, used
 from ..commands.transcribe import load
 from ..common.command import argument
 from ..common.metrics import word_error_rate

@@ -17,7 +17,8 @@ from mm.errors import InputError
 from mm.lowbit import arrange, arrange_for_rows, quantize
 from mm.text.decoder import TextDecoder
 
-from .report import Bench, Case, cores, in_turns, report
+from ..common.machine import cores
+from .report import Bench, Case, in_turns, report
 
 PACKAGES = ("torch", "transformers")
 VOCAB, PROMPT, NEW, LONG, ROWS = 49152, 128, 128, 1024, 8

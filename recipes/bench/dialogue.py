@@ -28,8 +28,8 @@ from ..common.command import argument
 from ..common.progress import Bar
 from ..data.dialogues import read_manifest
 from ..data.sampler import generator
-from ..duplex.answers import SOON, Answer, Dialogue, figures, hear, observed
-from ..duplex.recordings import LEFT, Recording, recording
+from ..duplex.evaluation import SOON, Answer, Dialogue, figures, hear, observed
+from ..duplex.questions import LEFT, Recording, recording
 from ..talk.partner import Partner
 from ..talk.replies import Manner, Reply, recorded, replies
 from .report import Bench, Case, report

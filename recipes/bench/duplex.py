@@ -21,12 +21,13 @@ from mm.lowbit import arrange
 from mm.speech.duplex import DuplexLM
 
 from ..commands.talk import MODEL
+from ..common.machine import cores
 from ..duplex.loss import losses
 from ..duplex.settings import DuplexLoss
 from ..talk.capacity import step_seconds
 from ..talk.partner import Partner
 from .loss import peak
-from .report import Bench, Case, cores, interleave, report
+from .report import Bench, Case, interleave, report
 
 PACKAGES = ("torch", "moshi")
 CONTEXT, FRAMES, ROWS, LENGTH = 250, 20, 4, 125

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ..commands.evaluate import Meter, open_source
+from ..clip.evaluation import Meter, open_source
 from ..common.command import argument
 from ..data.emojicross import emojicross as read_emojicross
 from ..search.embed import Embedder

@@ -15,9 +15,10 @@ from mm.checkpoint.files import Weights, load
 
 from ...encoders.clip import CLIP
 from ...encoders.vision.families import open_clip as family
-from ..clip.gradcache import in_chunks
 from ..clip.loss import clip_loss
-from .report import Bench, Case, cores, interleave, report
+from ..clip.whole_batch import in_chunks
+from ..common.machine import cores
+from .report import Bench, Case, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")
 VISION = {"image_size": 64, "patch_size": 16, "width": 192, "head_width": 64, "layers": 4}

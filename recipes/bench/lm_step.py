@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from mm.errors import InputError
 from mm.text.decoder import TextDecoder
 
+from ..common.machine import cores
 from ..lm.loss import decoder_loss
 from .loss import peak
-from .report import Bench, Case, cores, interleave, report
+from .report import Bench, Case, interleave, report
 
 PACKAGES = ("torch", "transformers")
 VOCAB, ROWS, LENGTH = 32000, 8, 512

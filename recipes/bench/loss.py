@@ -12,7 +12,8 @@ from jsonargparse.typing import PositiveInt
 from torch import Tensor
 
 from ..clip.loss import clip_loss, siglip_loss
-from .report import Bench, Case, cores, interleave, report
+from ..common.machine import cores
+from .report import Bench, Case, interleave, report
 
 PACKAGES = ("torch", "open_clip_torch")
 SCALE, BIAS = 2.659, -10.0

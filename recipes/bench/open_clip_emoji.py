@@ -12,14 +12,14 @@ from torch import Tensor, nn
 
 from ...encoders.clip import CLIP
 from ..clip.data import PairsModule
+from ..clip.evaluation import Meter, open_source
 from ..clip.fit import model_input, starting_model
 from ..clip.module import ClipRecipe
 from ..clip.pairs import read_pairs
-from ..commands.evaluate import Meter, open_source
+from ..clip.settings import ClipJob, Shape
 from ..search.embed import Embedder
 from ..train.launch import lightning_trainer, quiet
 from ..train.run import LAST
-from ..train.settings import ClipJob, Shape
 from ..train.watch import Watch
 from .emojicross import TOLD, case
 from .report import report

@@ -5,10 +5,8 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import math
-import os
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -19,6 +17,8 @@ from rich.console import Console
 from rich.table import Table
 
 from mm.errors import InputError
+
+from ..common.machine import machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,39 +129,6 @@ def as_table(bench: str, cases: Sequence[Case]) -> Table:
 
 def _short(number: float | None) -> str:
     return "" if number is None else f"{number:.4g}"
-
-
-def machine() -> str:
-    """Processor, cores that this process may use, memory, system; the GPU where there is one."""
-    name = platform.processor() or platform.machine()
-    info = Path("/proc/cpuinfo")
-    if info.exists():
-        found = [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line[:10] == "model name"]
-        name = found[0] if found else name
-    gigabytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") / 2**30 if hasattr(os, "sysconf") else 0
-    return f"{name}, {cores()} cores, {gigabytes:.0f} GiB, {platform.system()}{gpu()}"
-
-
-def gpu() -> str:
-    """Its name, processors and memory, CUDA; and from nvidia-smi the driver, power limit and fastest clock."""
-    import torch
-
-    if not torch.cuda.is_available():
-        return ""
-    it = torch.cuda.get_device_properties(0)  # asks a GPU that was lost nothing
-    told = f", {it.name}, {it.multi_processor_count} processors, {it.total_memory / 2**30:.0f} GiB, " \
-           f"CUDA {torch.version.cuda}"
-    try:
-        asked = ["nvidia-smi", "--query-gpu=driver_version,power.limit,clocks.max.sm", "--format=csv,noheader"]
-        first = subprocess.run(asked, capture_output=True, text=True, timeout=20, check=True).stdout.splitlines()[0]
-    except (OSError, subprocess.SubprocessError, IndexError):
-        return told
-    return f"{told}, driver, power and clock {first}"
-
-
-def cores() -> int:
-    """The cores that this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def threads() -> int:

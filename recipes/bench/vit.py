@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from mm.errors import InputError
 
 from ...encoders.vision.vit import ViT
-from .report import Bench, Case, Timing, cores, interleave, report
+from ..common.machine import cores
+from .report import Bench, Case, Timing, interleave, report
 
 SIZE = 224
 PACKAGES = ("torch", "timm")

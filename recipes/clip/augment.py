@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .data_settings import Augment, Colour, Geometry, Texture
+from .settings import Augment, Colour, Geometry, Texture
 
 
 class Dice:

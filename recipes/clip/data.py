@@ -7,6 +7,7 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, NamedTuple
 
 import lightning
@@ -20,21 +21,19 @@ from mm.errors import InputError
 from mm.tokenizer.tokenizer import Tokenizer
 
 from ...encoders.vision.image import FILTERS, Preprocess, read_image
+from ..data.pictures import TRIES
+from ..data.report import Note
 from ..data.sampler import Order, Steps, generator, torch_seed
 from .augment import Dice, augment
-from .bpe_dropout import LooseTokenizer
-from .data_settings import Augment, Data, Words
+from .captions import LooseTokenizer
 from .pairs import Pair, Pairs
-from .turns import Turns
+from .settings import Augment, Data, Words
 
 if TYPE_CHECKING:
     from ...encoders.audio.spectrogram import Spectrogram
 
+MOST = 1000  # turns of one source for one of the smallest
 READING, AUGMENTING, WORDING, CHOOSING = 1, 2, 3, 5  # the last number of the keys of random generators
-TRIES = 64  # unreadable pictures in a row before a source is given up
-
-
-Note = tuple[str, str, str]  # kind, key and sentence of something that went wrong: to be counted once per key
 
 
 class Batch(NamedTuple):
@@ -144,6 +143,26 @@ class Read(NamedTuple):
     pair: Pair
     pixels: Tensor | None
     sound: Tensor | None
+
+
+class Turns:
+    """Sources take turns in a fixed round, evenly spread; `counts` are their sizes."""
+
+    def __init__(self, counts: Sequence[int]) -> None:
+        self.counts = tuple(counts)
+
+    @cached_property
+    def round(self) -> list[tuple[int, int]]:
+        """(source, how often it had its turn before in this round) of each step of a round."""
+        shares = [min(MOST, round(count / min(self.counts))) for count in self.counts]
+        due = [((time + 0.5) / share, source, time) for source, share in enumerate(shares) for time in range(share)]
+        return [(source, time) for _, source, time in sorted(due)]
+
+    def at(self, step: int) -> tuple[int, int]:
+        """The source of a step and the number of its batch, each counted from 0."""
+        rounds, place = divmod(step, len(self.round))
+        source, time = self.round[place]
+        return source, rounds * sum(other == source for other, _ in self.round) + time
 
 
 class Mixture(Dataset[Batch]):

@@ -16,14 +16,14 @@ from mm.errors import InputError
 from mm.nn.lora import merge_lora
 
 from ...encoders.clip import CLIP
-from ..commands.evaluate import Meter, flat, open_source
 from ..train.launch import METRICS, MODEL, export, facts, lightning_trainer, start
-from ..train.settings import ClipJob, Lock
 from ..train.shard import strategy
 from ..train.watch import CURVES, Watch
 from .data import Input, PairsModule
+from .evaluation import Meter, flat, open_source
 from .module import ClipRecipe
 from .pairs import Pairs, read_pairs
+from .settings import ClipJob, Lock
 from .shape import add_bias, can_trim, new_clip
 from .tune import TOWERS, with_patch_dropout
 

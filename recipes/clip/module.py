@@ -15,14 +15,15 @@ from mm.spec.schema import from_data, to_data
 
 from ...encoders.clip import CLIP
 from ...encoders.spec import CLIPSpec
-from ..train.gather import mean_over_processes, siglip_ring
 from ..train.optim import adamw
 from ..train.recipe import Recipe
-from ..train.settings import Lock, Lora, Loss, Optim
+from ..train.settings import Optim
+from ..train.shard import mean_over_processes
 from .data import Batch
-from .gradcache import in_chunks
 from .loss import clip_loss, siglip_loss
+from .settings import Lock, Loss, TowerLora
 from .tune import tune
+from .whole_batch import in_chunks, siglip_ring
 
 LARGEST_SCALE = math.log(100)
 
@@ -39,12 +40,12 @@ class ClipRecipe(Recipe):
 
     def __init__(self, spec: CLIPSpec | dict[str, Any], optim: Optim | dict[str, Any], loss: Loss | dict[str, Any],
                  seed: int = 0, clip: CLIP | None = None, lock: Lock | dict[str, Any] = Lock(),  # noqa: B008
-                 lora: Lora | dict[str, Any] | None = None) -> None:
+                 lora: TowerLora | dict[str, Any] | None = None) -> None:
         super().__init__(Optim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = Loss(**loss) if isinstance(loss, dict) else loss
         lock = Lock(**lock) if isinstance(lock, dict) else lock
-        lora = Lora(**lora) if isinstance(lora, dict) else lora
+        lora = TowerLora(**lora) if isinstance(lora, dict) else lora
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "seed": seed, "lock": asdict(lock),
                                    "lora": lora and asdict(lora)})

@@ -12,7 +12,7 @@ from ..data.emojicross import Queries, emojicross
 from ..data.pictures import ENDINGS, ArrayPicture, FilePicture, Picture, SoundFile
 from ..data.tables import ENDINGS as TABLES
 from ..data.tables import Row, read_table
-from .data_settings import TEMPLATES
+from .settings import TEMPLATES
 
 
 @dataclass(frozen=True, kw_only=True)

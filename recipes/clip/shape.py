@@ -20,7 +20,7 @@ from ...encoders.clip import CLIP
 from ...encoders.vision.backbone import backbone_spec
 from ...encoders.vision.image import Preprocess
 from ...encoders.vision.vit import ViT
-from ..train.settings import AudioTower, ImageTower, Shape, TextTower, Tower
+from .settings import AudioTower, ImageTower, Shape, TextTower, Tower
 
 SIGLIP_SCALE, SIGLIP_BIAS = 10.0, -10.0  # Zhai et al., 2023
 

@@ -11,12 +11,12 @@ from mm.nn.lora import add_lora
 
 from ...encoders.clip import CLIP
 from ...encoders.spec import Backbone
-from ..train.settings import Lock, Lora
+from .settings import Lock, TowerLora
 
 TOWERS = ("image", "text", "audio")
 
 
-def tune(clip: CLIP, lock: Lock, lora: Lora | None) -> None:
+def tune(clip: CLIP, lock: Lock, lora: TowerLora | None) -> None:
     """Lock what should not train; a tower without anything to train no longer drops anything either.
 
     Raises InputError for a tower that the model lacks, for more blocks than a tower has, and when nothing is left.

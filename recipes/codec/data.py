@@ -18,11 +18,10 @@ from mm.checkpoint.files import read_json, replacing, write_json
 from mm.errors import InputError
 
 from ...codecs.sound import open_sound
-from ..clip.data import Note
 from ..common.progress import Bar
-from ..data.account import Account
+from ..data.report import Account, Note
 from ..data.sampler import Order, Steps, generator, readers
-from .data_settings import SoundData
+from .settings import SoundData
 
 SUFFIXES = frozenset((".wav", ".flac", ".ogg", ".oga", ".opus", ".mp3", ".aif", ".aiff", ".au", ".w64", ".caf"))
 CUTTING = 10  # the last number of the keys of random generators

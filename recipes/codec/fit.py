@@ -13,12 +13,12 @@ from ...codecs.learning import folded
 from ..train.launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from ..train.shard import strategy
 from .data import SoundModule, length_of
+from .evaluation import COLUMNS, CodecWatch, Exam
 from .loss import SCALES
 from .module import CodecRecipe
 from .settings import CodecJob
 from .start import starting_model, teacher_of
 from .teacher import lessons
-from .watch import COLUMNS, CodecWatch, Exam
 
 SOUNDS = "sounds"
 

@@ -29,9 +29,9 @@ from ...codecs.mimi import Mimi
 from ...codecs.quantizer import Codebook
 from ...codecs.spec import Learning, MimiSpec
 from ..data.sampler import torch_seed
-from ..train.gather import mean_over_processes
 from ..train.optim import adamw
 from ..train.recipe import Recipe
+from ..train.shard import mean_over_processes
 from .data import SoundBatch
 from .loss import Jury, MelDistance
 from .settings import CodecLoss, CodecOptim, Critics

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 KINDS = {
-    "clip": ("mm.recipes.train.settings:ClipJob", "a CLIP from pairs of pictures and captions",
+    "clip": ("mm.recipes.clip.settings:ClipJob", "a CLIP from pairs of pictures and captions",
              "mm.recipes.clip.fit:fit"),
     "vit": ("mm.recipes.vit.settings:VitJob", "a classifier from pictures in classes, from scratch or from any ViT",
             "mm.recipes.vit.fit:fit"),
-    "tokenizer": ("mm.recipes.lm.tokenizer_settings:TokenizerJob", "a byte-level BPE tokenizer from a corpus",
+    "tokenizer": ("mm.recipes.lm.settings:TokenizerJob", "a byte-level BPE tokenizer from a corpus",
                   "mm.recipes.lm.tokenizer:fit"),
     "lm": ("mm.recipes.lm.settings:LmJob", "a language model on texts or conversations, from scratch or a checkpoint",
            "mm.recipes.lm.fit:fit"),

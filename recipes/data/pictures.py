@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 ENDINGS = frozenset((".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".avif"))
+TRIES = 64  # unreadable pictures in a row before a source is given up
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from .account import Account
+from .report import Account
 
 END = "<|endoftext|>"
 PART = 1 << 20  # bytes of a text that are held at a time; longer documents are cut after a line

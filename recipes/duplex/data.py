@@ -20,8 +20,8 @@ from mm.spec import DuplexSpec
 from mm.speech.streams import NONE
 from mm.tokenizer.tokenizer import Tokenizer
 
-from ..clip.data import Note
 from ..data.dialogues import Codes, Packed, check_conditions, held_out, read_dialogues
+from ..data.report import Note
 from ..data.sampler import Order, Steps, generator, readers
 from ..data.words import by_word
 

@@ -25,9 +25,8 @@ from ..train.launch import METRICS, MODEL, conclude, export, facts, lightning_tr
 from ..train.shard import strategy
 from ..train.watch import Watch
 from .data import DuplexModule
-from .exam import exam
-from .heard import hear_codes, hear_vectors
-from .module import DuplexRecipe
+from .evaluation import exam
+from .module import DuplexRecipe, hear_codes, hear_vectors
 from .settings import DuplexJob, DuplexShape
 
 COLUMNS = ("loss", "text", "audio", "perplexity", "right", "lr", "gradient", "frames/s")

@@ -7,17 +7,19 @@ from dataclasses import asdict
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from mm.nn.lora import add_lora
 from mm.spec import DuplexSpec
 from mm.spec.schema import from_data, to_data
 from mm.speech.duplex import DuplexLM
+from mm.speech.streams import CodeTables
 
+from ...codecs.mimi import Mimi
 from ..data.sampler import readers, torch_seed
-from ..lm.settings import LmLora
 from ..train.optim import adamw
 from ..train.recipe import Recipe
+from ..train.settings import Lora
 from .data import DuplexBatch
 from .loss import losses_of, some_frames
 from .settings import DuplexLoss, DuplexOptim
@@ -31,11 +33,11 @@ class DuplexRecipe(Recipe):
 
     def __init__(self, spec: DuplexSpec | dict[str, Any], optim: DuplexOptim | dict[str, Any],
                  loss: DuplexLoss | dict[str, Any], seed: int = 0, module: DuplexLM | None = None,
-                 lora: LmLora | dict[str, Any] | None = None, checkpointing: int = 0, compiled: bool = False) -> None:
+                 lora: Lora | dict[str, Any] | None = None, checkpointing: int = 0, compiled: bool = False) -> None:
         super().__init__(DuplexOptim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = DuplexLoss(**loss) if isinstance(loss, dict) else loss
-        lora = LmLora(**lora) if isinstance(lora, dict) else lora
+        lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "seed": seed, "lora": lora and asdict(lora),
                                    "checkpointing": checkpointing, "compiled": compiled})
@@ -72,3 +74,50 @@ class DuplexRecipe(Recipe):
 
     def after_step(self) -> None:
         self.last["frames/s"] = self.frames / (time.perf_counter() - self.began)
+
+
+class HeardTables(CodeTables):
+    """`said` (streams, rows, D) are the tables of the model's own voice. Of each codebook that is heard, `vectors`
+    (Q, size, E) @ `projection` (Q, E, D) is the table, but for its last row in `first` (Q, 1, D), which stands before
+    the first code."""
+
+    @property
+    def weight(self) -> Tensor:
+        with torch.autocast(self.said.device.type, enabled=False):
+            made = torch.bmm(self.vectors, self.projection)
+        return torch.cat([self.said, torch.cat([made, self.first], 1)])
+
+
+@torch.no_grad()
+def hear_vectors(model: DuplexLM, codec: Mimi) -> None:
+    """Replaces the tables of the streams that a new model hears."""
+    tables, vectors = model.codes, vectors_of(codec, model.spec.heard)
+    weight, (count, _, width) = tables._parameters.pop("weight").detach(), vectors.shape
+    dim, semantic = weight.shape[2], min(count, codec.spec.quantizer.semantic)
+    maps = torch.randn(2, width, dim) * dim ** -0.5  # codebooks whose vectors are added up begin with one projection
+    tables.__class__ = HeardTables
+    tables.said, tables.first = (nn.Parameter(part.clone()) for part in (weight[:-count], weight[-count:, -1:]))
+    tables.projection = nn.Parameter(torch.cat([maps[:1].expand(semantic, -1, -1),
+                                                maps[1:].expand(count - semantic, -1, -1)]).contiguous())
+    tables.register_buffer("vectors", vectors)
+
+
+@torch.no_grad()
+def hear_codes(model: DuplexLM) -> None:
+    """Plain tables again, with the same rows."""
+    tables = model.codes
+    if isinstance(tables, HeardTables):
+        weight = tables.weight
+        del tables.said, tables.first, tables.projection, tables.vectors
+        tables.__class__ = CodeTables
+        tables.weight = nn.Parameter(weight, requires_grad=False)
+
+
+def vectors_of(codec: Mimi, count: int) -> Tensor:
+    """(count, size, E) of the codec's first codebooks, centred; those of the first semantic and of the first acoustic
+    one are of length 1 on average, later ones as much shorter as they are."""
+    quantizer, made = codec.quantizer, []
+    for part in (quantizer.semantic, quantizer.acoustic):
+        tables = [book.table.float() - book.table.float().mean(0) for book in part.codebooks]
+        made += [table / tables[0].square().sum(1).mean().sqrt() for table in tables]
+    return torch.stack(made[:count])

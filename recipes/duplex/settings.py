@@ -7,8 +7,7 @@ from typing import Literal
 
 from mm.errors import InputError
 
-from ..lm.settings import LmLora
-from ..train.settings import Export, Optim, Trainer
+from ..train.settings import Export, Lora, Optim, Trainer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -188,7 +187,7 @@ class DuplexJob:
     model: str | None = None
     shape: DuplexShape = DuplexShape()
     loss: DuplexLoss = DuplexLoss()
-    lora: LmLora | None = None
+    lora: Lora | None = None
     checkpointing: int = 0
     compile: bool = False
     shard: bool = False

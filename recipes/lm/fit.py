@@ -21,9 +21,9 @@ from ..data.sampler import Order
 from ..train.launch import METRICS, MODEL, conclude, export, facts, lightning_trainer, start
 from ..train.shard import strategy
 from ..train.watch import Watch
-from .corruption import SENTINELS
-from .data import Batches, Fixed, LmModule, objective_for
+from .data import Batches, Fixed, LmModule
 from .module import LmRecipe, losses
+from .objectives import SENTINELS, objective_for
 from .settings import LmJob, LmLoss
 from .start import Model, embed_of, opened, starting_model
 from .tokenizer import train_tokenizer

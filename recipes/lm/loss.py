@@ -9,7 +9,7 @@ from torch import Tensor
 
 from mm.errors import InputError
 
-from .batch import NONE
+from .objectives import NONE
 
 if TYPE_CHECKING:
     from mm.text.decoder import TextDecoder

@@ -21,11 +21,11 @@ from mm.text.seq2seq import Seq2Seq
 from ..data.sampler import readers
 from ..train.optim import adamw
 from ..train.recipe import Recipe
-from .batch import NONE, LmBatch
-from .corruption import SpanBatch
+from ..train.settings import Lora
 from .loss import decoder_loss
 from .muon import muon
-from .settings import LmLora, LmLoss, LmOptim
+from .objectives import NONE, LmBatch, SpanBatch
+from .settings import LmLoss, LmOptim
 from .start import MODELS, Model
 
 
@@ -39,12 +39,12 @@ class LmRecipe(Recipe):
 
     def __init__(self, spec: DecoderSpec | EncoderSpec | Seq2SeqSpec | dict[str, Any],
                  optim: LmOptim | dict[str, Any], loss: LmLoss | dict[str, Any], seed: int = 0,
-                 module: Model | None = None, lora: LmLora | dict[str, Any] | None = None, checkpointing: int = 0,
+                 module: Model | None = None, lora: Lora | dict[str, Any] | None = None, checkpointing: int = 0,
                  compiled: bool = False) -> None:
         super().__init__(LmOptim(**optim) if isinstance(optim, dict) else optim, seed)
         self.settings = from_data(spec) if isinstance(spec, dict) else spec
         self.loss = LmLoss(**loss) if isinstance(loss, dict) else loss
-        lora = LmLora(**lora) if isinstance(lora, dict) else lora
+        lora = Lora(**lora) if isinstance(lora, dict) else lora
         self.save_hyperparameters({"spec": to_data(self.settings), "optim": asdict(self.optim),
                                    "loss": asdict(self.loss), "seed": seed, "lora": lora and asdict(lora),
                                    "checkpointing": checkpointing, "compiled": compiled})

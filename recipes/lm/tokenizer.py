@@ -12,8 +12,8 @@ from mm.tokenizer.bpe import TokenizersFile, byte_alphabet, split_pipeline
 from mm.tokenizer.tokenizer import Tokenizer
 
 from ..data.corpus import Corpus, Document, open_corpus
-from .encoding import watched
-from .tokenizer_settings import TokenizerJob
+from .settings import TokenizerJob
+from .token_file import watched
 
 FILES = {"tokenizer.json", "tokenizer_config.json"}
 PAD, BOS, EOS, MASK, SENTINEL = "<pad>", "<s>", "</s>", "<mask>", "<extra_id_{}>"

@@ -12,7 +12,7 @@ from mm.checkpoint.files import read_json, replacing
 from mm.errors import InputError
 
 from ..data.sampler import generator
-from ..duplex.asked import answers
+from ..duplex.questions import answers
 from .acoustics import noises
 from .scenes import DRILL, TALK, Library, Scene, compose
 from .talkers import HELD_OUT, OWN, Line

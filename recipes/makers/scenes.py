@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data.words import MAIN
-from ..duplex.asked import KINDS, Kind
+from ..duplex.questions import KINDS, Kind
 from .acoustics import heard
 from .talkers import PEOPLE, PEOPLE_HELD_OUT, Line
 from .voices import AFTER, BEFORE, BLOCK, RATE, powers

@@ -14,7 +14,7 @@ from itertools import combinations, zip_longest
 import numpy as np
 
 from ..data.sampler import generator
-from ..duplex.asked import GREETINGS, READ, SUM, WORD, WORDS, Question, answers, greet, repeat, sum_of
+from ..duplex.questions import GREETINGS, READ, SUM, WORD, WORDS, Question, answers, greet, repeat, sum_of
 
 OWN = "hibari"  # the model's one voice
 VOICES = ("af_alloy", "af_aoede", "af_bella", "af_jessica", "af_kore", "af_nicole", "af_river", "af_sarah", "am_adam",

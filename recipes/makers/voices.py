@@ -14,7 +14,7 @@ import numpy as np
 from mm.checkpoint.files import replacing
 from mm.errors import InputError
 
-from ..duplex.asked import WORDS
+from ..duplex.questions import WORDS
 from .talkers import OWN, PEOPLE, PEOPLE_HELD_OUT, Line
 
 if TYPE_CHECKING:

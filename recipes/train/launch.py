@@ -18,7 +18,7 @@ from torch import nn
 
 from mm.spec.schema import require
 
-from ..bench.report import machine
+from ..common.machine import machine
 from .run import WholeFiles, begin
 from .settings import FREE, Trainer
 from .watch import CURVES, Watch

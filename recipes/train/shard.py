@@ -93,3 +93,10 @@ def pieces(tensor: DTensor) -> int:
     """In how many pieces it lies; further processes hold copies."""
     sizes = zip(tensor.placements, tensor.device_mesh.shape, strict=True)
     return math.prod(size for placement, size in sizes if not placement.is_replicate())
+
+
+def mean_over_processes(x: Tensor) -> Tensor:
+    """() -> (), without gradient."""
+    x = x.detach().clone()
+    torch.distributed.all_reduce(x)
+    return x / torch.distributed.get_world_size()

@@ -1,4 +1,4 @@
-"""What surrounds the steps of a run: logs, evaluation, checkpoints, progress, and an account of what went wrong."""
+"""A callback around the steps of a run: logs, evaluation, checkpoints, progress and curves."""
 
 from __future__ import annotations
 
@@ -18,10 +18,9 @@ from torch.utils.tensorboard import SummaryWriter
 
 from mm.errors import InputError
 
-from ..clip.data import Batch, Note
 from ..common.progress import Bar
-from .curves import plot
-from .run import LAST, CsvLog
+from ..data.report import Note
+from .run import LAST, CsvLog, read_log
 from .settings import Trainer
 
 COLUMNS = ("loss", "lr", "gradient", "scale")
@@ -66,7 +65,7 @@ class Watch(lightning.Callback):
             self.board = SummaryWriter(self.out / "tensorboard", purge_step=self.began + 1)
             self.bar = Bar("training", trainer.max_steps - self.began).__enter__()
 
-    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Batch, batch_idx: int
+    def on_train_batch_end(self, trainer: lightning.Trainer, module: Any, outputs: Any, batch: Any, batch_idx: int
                            ) -> None:
         step = trainer.global_step
         self.rows.append({"step": step, **module.last})
@@ -170,3 +169,27 @@ def merged(notes: dict[str, dict[str, str]], world: int) -> dict[str, dict[str, 
     torch.distributed.all_gather_object(parts, notes)
     kinds = {kind for part in parts for kind in part}
     return {kind: {key: text for part in parts for key, text in part.get(kind, {}).items()} for kind in kinds}
+
+
+def plot(train: Path, validation: Path | None, to: Path) -> None:
+    """Loss, learning rate and, where there was one, the recall of every evaluation, over steps (PNG)."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    log, measured = read_log(train), read_log(validation) if validation else {}
+    figure, axes = pyplot.subplots(1, 2 + bool(measured), figsize=(5 * (2 + bool(measured)), 3.6), layout="constrained")
+    for axis, name in zip(axes, ("loss", "lr"), strict=False):
+        axis.plot(log.get("step", []), log.get(name, []), linewidth=0.8)
+        axis.set_ylabel(name)
+    for name in [name for name in measured if name != "step"]:
+        axes[-1].plot(measured["step"], measured[name], marker=".", label=name)
+    if measured:
+        axes[-1].set_ylabel("%")
+        axes[-1].legend(fontsize=6)
+    for axis in axes:
+        axis.set_xlabel("step")
+        axis.grid(alpha=0.3)
+    figure.savefig(to, dpi=110)
+    pyplot.close(figure)

@@ -17,10 +17,11 @@ from torch.utils.data import DataLoader, Dataset
 from mm.errors import InputError
 
 from ...encoders.vision.image import Preprocess, read_image
-from ..clip.data import TRIES, Note
+from ..data.pictures import TRIES
+from ..data.report import Note
 from ..data.sampler import Order, Steps, torch_seed
-from .class_settings import ClassAugment, ClassData
 from .labelled import Labelled
+from .settings import ClassAugment, ClassData
 
 READING, MIXING = 8, 9  # the last number of the keys of random generators
 Change = Callable[[Image.Image], Tensor]

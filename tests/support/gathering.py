@@ -11,7 +11,8 @@ from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from mm.recipes.clip.loss import clip_loss, siglip_loss
-from mm.recipes.train.gather import mean_over_processes, siglip_ring
+from mm.recipes.clip.whole_batch import siglip_ring
+from mm.recipes.train.shard import mean_over_processes
 
 WORLD, ROWS = 2, 12
 

@@ -11,8 +11,8 @@ import torch
 
 from mm.recipes.bench import dialogue as bench
 from mm.recipes.cli import main
-from mm.recipes.duplex import answers
-from mm.recipes.duplex.asked import NUMBERS
+from mm.recipes.duplex import evaluation as answers
+from mm.recipes.duplex.questions import NUMBERS
 from mm.recipes.talk.replies import Reply
 
 RATE = 24000

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mm.recipes.clip.augment import Dice, augment
-from mm.recipes.clip.data_settings import Augment, Colour, Geometry, Texture
+from mm.recipes.clip.settings import Augment, Colour, Geometry, Texture
 
 STILL = Geometry(flip=0.0)
 PLAIN = Colour(**{field.name: 0.0 for field in fields(Colour)})

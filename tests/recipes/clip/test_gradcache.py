@@ -9,8 +9,8 @@ from support import close, redraw
 
 from mm.encoders import CLIP
 from mm.encoders.spec import CLIPSpec, Head, MeanPool, Patches, Projection, TextSpec, TokenPool, ViTSpec
-from mm.recipes.clip.gradcache import in_chunks
 from mm.recipes.clip.loss import clip_loss, siglip_loss
+from mm.recipes.clip.whole_batch import in_chunks
 from mm.spec import Attention, Layer, LayerNorm, Mlp, Stack
 
 ROWS = 12

@@ -19,18 +19,18 @@ from trial import same_weights, weights
 from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes import cli
-from mm.recipes.clip.bpe_dropout import LooseTokenizer
+from mm.recipes.clip.captions import LooseTokenizer
 from mm.recipes.clip.data import by_group, crop_box, word
-from mm.recipes.clip.data_settings import Words
 from mm.recipes.clip.fit import fit, starting_model
 from mm.recipes.clip.loss import clip_loss
 from mm.recipes.clip.module import ClipRecipe
 from mm.recipes.clip.pairs import read_pairs
+from mm.recipes.clip.settings import ClipJob, Loss, Words
 from mm.recipes.common.command import parse
 from mm.recipes.data.sampler import generator
 from mm.recipes.train.optim import adamw, rate, update_average
 from mm.recipes.train.run import read_log
-from mm.recipes.train.settings import ClipJob, Loss, Optim
+from mm.recipes.train.settings import Optim
 from mm.tokenizer.tokenizer import train_bpe
 
 

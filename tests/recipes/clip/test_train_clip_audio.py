@@ -18,9 +18,8 @@ from PIL import Image
 from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes import cli
-from mm.recipes.clip.data import by_kinds
+from mm.recipes.clip.data import Turns, by_kinds
 from mm.recipes.clip.pairs import read_pairs
-from mm.recipes.clip.turns import Turns
 from mm.recipes.train.run import read_log
 
 COLOURS = {"red": (220, 30, 30), "green": (30, 180, 50), "blue": (30, 60, 220), "black": (10, 10, 10)}

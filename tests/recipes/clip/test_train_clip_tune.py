@@ -22,9 +22,10 @@ from mm.recipes.clip.data import Batch
 from mm.recipes.clip.fit import starting_model
 from mm.recipes.clip.module import ClipRecipe
 from mm.recipes.clip.pairs import read_pairs
+from mm.recipes.clip.settings import ClipJob, Lock, Loss, TowerLora
 from mm.recipes.common.command import parse
 from mm.recipes.train.run import read_log
-from mm.recipes.train.settings import ClipJob, Lock, Lora, Loss, Optim
+from mm.recipes.train.settings import Optim
 
 EVERYTHING = ["--loss.kind", "siglip", "--loss.chunk", "4", "--loss.matryoshka", "[4, 8]", "--loss.positives", "group",
               "--lora", "{rank: 2, layers: [qkv, up]}", "--patch_dropout", "0.5", "--shape.text.dropout", "0.1"]
@@ -41,7 +42,7 @@ def model(data, tmp_path_factory) -> Path:
     return train(data, tmp_path_factory.mktemp("model") / "run", "--trainer.max_steps", "20") / "model"
 
 
-def a_recipe(data: Path, loss: Loss = Loss(), lock: Lock = Lock(), lora: Lora | None = None,  # noqa: B008
+def a_recipe(data: Path, loss: Loss = Loss(), lock: Lock = Lock(), lora: TowerLora | None = None,  # noqa: B008
              *more: str) -> ClipRecipe:
     torch.manual_seed(0)
     job = parse(ClipJob, "mm", options(data, Path("unused"), "--loss.kind", loss.kind, *more))
@@ -164,8 +165,8 @@ def test_the_last_blocks_alone_train(data):
     (Lock(image=9), None, "lock.image should leave 0 to 1 blocks, not 9"),
     (Lock(audio=True), None, "lock names the audio tower: the model has none"),
     (Lock(image=True, text=True), None, "lock leaves no tower that trains"),
-    (Lock(image=1), Lora(), "leave out lock.image"),
-    (Lock(), Lora(layers=("queries",)), "no linear layer is called 'queries'")])
+    (Lock(image=1), TowerLora(), "leave out lock.image"),
+    (Lock(), TowerLora(layers=("queries",)), "no linear layer is called 'queries'")])
 def test_locks_that_cannot_be(data, lock, lora, says):
     with pytest.raises(InputError, match=says):
         a_recipe(data, lock=lock, lora=lora)

@@ -22,12 +22,11 @@ from train_two import process
 from mm.codecs import Mimi
 from mm.errors import InputError
 from mm.recipes.codec.data import Sounds, changed, listing, parts, split, store
-from mm.recipes.codec.data_settings import SoundData
+from mm.recipes.codec.evaluation import si_sdr, used
 from mm.recipes.codec.fit import fit
 from mm.recipes.codec.loss import Jury, MelDistance
 from mm.recipes.codec.module import CodecRecipe
-from mm.recipes.codec.quality import si_sdr, used
-from mm.recipes.codec.settings import CodecJob, CodecLoss
+from mm.recipes.codec.settings import CodecJob, CodecLoss, SoundData
 from mm.recipes.codec.teacher import pooled, standardise, teacher
 from mm.recipes.common.command import parse
 from mm.recipes.data.sampler import Order

@@ -15,10 +15,10 @@ from mm.encoders import CLIP
 from mm.errors import InputError
 from mm.recipes import cli
 from mm.recipes.bench.emojicross import cases
+from mm.recipes.clip.evaluation import Meter, flat, open_source
 from mm.recipes.clip.pairs import read_pairs
+from mm.recipes.clip.settings import ImageTower, Shape, TextTower
 from mm.recipes.clip.shape import new_clip
-from mm.recipes.commands.evaluate import Meter, flat, open_source
-from mm.recipes.train.settings import ImageTower, Shape, TextTower
 
 WORDS = {"red": (1.0, 0, 0), "green": (0, 1.0, 0), "blue": (0, 0, 1.0)}
 

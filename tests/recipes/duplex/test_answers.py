@@ -6,9 +6,9 @@ import pytest
 import talking
 import torch
 
-from mm.recipes.duplex import answers
-from mm.recipes.duplex.answers import figures, hear, observe, spoken
-from mm.recipes.duplex.recordings import Turn
+from mm.recipes.duplex import evaluation as answers
+from mm.recipes.duplex.evaluation import figures, hear, observe, spoken
+from mm.recipes.duplex.questions import Turn
 from mm.recipes.talk.replies import Reply
 from mm.spec import TextStream
 

@@ -2,7 +2,7 @@
 
 import pytest
 
-from mm.recipes.duplex import asked
+from mm.recipes.duplex import questions as asked
 
 
 def test_sums_words_and_greetings():

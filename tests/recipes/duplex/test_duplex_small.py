@@ -10,7 +10,7 @@ import torch
 from installed import whisper_tiny
 
 from mm.recipes.cli import main
-from mm.recipes.duplex.asked import correct
+from mm.recipes.duplex.questions import correct
 from mm.recipes.talk.partner import Partner
 from mm.recipes.talk.replies import Manner, replies
 from mm.recipes.weights import duplex_small

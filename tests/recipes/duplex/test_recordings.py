@@ -6,7 +6,7 @@ import math
 import pytest
 
 from mm.errors import InputError
-from mm.recipes.duplex.recordings import read_turns
+from mm.recipes.duplex.questions import read_turns
 
 WORDS = [["Hello", [0.2, 0.5], "SPEAKER_USER"], ["hi", [1.0, 1.2], "SPEAKER_MAIN"], ["It", [4.5, 4.6], "SPEAKER_MAIN"],
          ["is", [4.6, 4.7], "SPEAKER_MAIN"], ["seven", [4.7, 5.2], "SPEAKER_MAIN"]]

@@ -39,8 +39,8 @@ from mm.recipes.data.dialogues import (
 from mm.recipes.data.sampler import Order
 from mm.recipes.duplex.data import Batches, Drilled, DuplexModule, batch_of
 from mm.recipes.duplex.fit import fit, keep_codec, new_spec, prepare
-from mm.recipes.duplex.heard import vectors_of
 from mm.recipes.duplex.loss import losses, losses_of
+from mm.recipes.duplex.module import vectors_of
 from mm.recipes.duplex.settings import DuplexData, DuplexJob, DuplexLoss, DuplexShape
 from mm.recipes.talk.codec_of import Note
 from mm.recipes.talk.partner import Partner

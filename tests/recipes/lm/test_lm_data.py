@@ -10,10 +10,10 @@ import torch
 
 from mm.errors import InputError
 from mm.recipes.data.corpus import open_corpus
-from mm.recipes.lm import encoding
-from mm.recipes.lm.batch import NONE
+from mm.recipes.lm import token_file as encoding
 from mm.recipes.lm.data import LmModule
-from mm.recipes.lm.data_settings import LmData
+from mm.recipes.lm.objectives import NONE
+from mm.recipes.lm.settings import LmData
 from mm.recipes.lm.tokenizer import train_tokenizer
 
 TALK = [{"role": "user", "content": "How are you, cat?"}, {"role": "assistant", "content": "I am a cat."},

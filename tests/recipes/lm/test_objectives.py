@@ -9,12 +9,19 @@ from hypothesis import strategies as st
 
 from mm.errors import InputError
 from mm.recipes.data.sampler import generator
-from mm.recipes.lm.batch import NONE, NextToken
-from mm.recipes.lm.corruption import Corrupted, noise, parts, sentinels
-from mm.recipes.lm.data import objective_for
-from mm.recipes.lm.data_settings import LmData
-from mm.recipes.lm.masking import Masked
-from mm.recipes.lm.packing import NOWHERE, Row
+from mm.recipes.lm.objectives import (
+    NONE,
+    NOWHERE,
+    Corrupted,
+    Masked,
+    NextToken,
+    Row,
+    noise,
+    objective_for,
+    parts,
+    sentinels,
+)
+from mm.recipes.lm.settings import LmData
 from mm.recipes.lm.tokenizer import BOS, EOS, MASK, PAD, assembled
 from mm.tokenizer.tokenizer import clip_tokenizer
 

@@ -11,11 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from mm.errors import InputError
-from mm.recipes.data.account import Account
+from mm.recipes.data.report import Account
 from mm.recipes.data.sampler import Order
-from mm.recipes.lm.batch import NONE, NextToken
-from mm.recipes.lm.data import Batches, Fixed
-from mm.recipes.lm.packing import Packed, held_out, shorter, whole
+from mm.recipes.lm.data import Batches, Fixed, Packed, held_out, shorter, whole
+from mm.recipes.lm.objectives import NONE, NextToken
 from mm.recipes.lm.token_file import Encoded, TokenFile, write_tokens
 
 

@@ -19,9 +19,8 @@ from mm import TextDecoder
 from mm.errors import InputError
 from mm.nn.balance import balance_loss, z_loss
 from mm.recipes import cli
-from mm.recipes.lm.batch import NONE, LmBatch
-from mm.recipes.lm.corruption import SpanBatch
 from mm.recipes.lm.module import LmRecipe, losses
+from mm.recipes.lm.objectives import NONE, LmBatch, SpanBatch
 from mm.recipes.lm.settings import LmExperts, LmLoss, LmOptim, LmShape
 from mm.recipes.lm.start import new_decoder, new_encoder, new_seq2seq
 from mm.recipes.train.optim import rate

@@ -10,7 +10,7 @@ import soundfile
 from mm.recipes.cli import main
 from mm.recipes.data.dialogues import read_manifest
 from mm.recipes.data.words import read_words
-from mm.recipes.duplex.asked import answers
+from mm.recipes.duplex.questions import answers
 from mm.recipes.makers import acoustics, library, word_times
 from mm.recipes.makers.talkers import HELD_OUT
 from mm.recipes.makers.voices import RATE, Sources

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from mm.recipes.data.sampler import generator
-from mm.recipes.duplex.asked import answers
+from mm.recipes.duplex.questions import answers
 from mm.recipes.makers import scenes
 from mm.recipes.makers.scenes import FRAME, Library, compose, paused, plan, stretched
 from mm.recipes.makers.talkers import HELD_OUT, OWN, PEOPLE, lines

@@ -195,8 +195,8 @@ def test_another_layout_of_the_index_is_refused(photos, tmp_path, monkeypatch):
 
 def test_killed_half_way_it_keeps_what_was_written(tmp_path):
     """A real model in a process of its own, killed with SIGKILL after some commits."""
+    from mm.recipes.clip.settings import ImageTower, Shape, TextTower
     from mm.recipes.clip.shape import new_clip
-    from mm.recipes.train.settings import ImageTower, Shape, TextTower
 
     image = ImageTower(size=16, patch=8, width=16, depth=1, heads=2)
     shape = Shape(dim=8, image=image, text=TextTower(vocab=520, context=8, width=16, depth=1, heads=2))

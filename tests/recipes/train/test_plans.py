@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 
 from mm import spec
 from mm.errors import InputError
-from mm.recipes.lm.data_settings import LmData
 from mm.recipes.lm.fit import fit
 from mm.recipes.lm.module import LmRecipe
-from mm.recipes.lm.settings import LmJob, LmLoss, LmOptim, LmShape
+from mm.recipes.lm.settings import LmData, LmJob, LmLoss, LmOptim, LmShape
 from mm.recipes.lm.start import new_decoder
 from mm.recipes.train.plans import check
 from mm.recipes.train.run import read_log

@@ -21,19 +21,19 @@ from mm.encoders import CLIP, ViT
 from mm.encoders.vision.image import Preprocess
 from mm.errors import InputError
 from mm.recipes import cli
+from mm.recipes.clip.settings import ImageTower, Shape, TextTower
 from mm.recipes.clip.shape import new_clip
 from mm.recipes.data.sampler import Order
 from mm.recipes.train.optim import adamw, layer_share
 from mm.recipes.train.run import read_log
-from mm.recipes.train.settings import ImageTower, Optim, Shape, TextTower
-from mm.recipes.vit.class_settings import ClassAugment
+from mm.recipes.train.settings import Optim
 from mm.recipes.vit.confusion import confusion, most_confused, write_table
 from mm.recipes.vit.data import ClassBatches, changes, seeded
 from mm.recipes.vit.features import features
 from mm.recipes.vit.fit import measures
 from mm.recipes.vit.labelled import read_labelled
 from mm.recipes.vit.module import VitRecipe
-from mm.recipes.vit.settings import VitOptim, VitShape
+from mm.recipes.vit.settings import ClassAugment, VitOptim, VitShape
 from mm.recipes.vit.start import new_spec, with_drop_path
 
 RUNS = Trial("vit", "set")

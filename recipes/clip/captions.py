@@ -1,5 +1,4 @@
-"""BPE dropout (Provilkov et al., 2020): in training, merges are left out at random, so that words fall into more
-pieces and the pieces of rare words are learned too; from a generator of the caller, unlike the tokenizers library."""
+"""x"""
 
 from __future__ import annotations
 

@@ -1,14 +1,31 @@
-"""Features of other processes, with gradient: contrastive losses over the batch of all of them."""
+"""Contrastive losses of a whole batch at the memory of a part of it: rows through the towers a chunk at a time
+(GradCache, Gao et al., 2021), and features of other processes, with gradient."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
 from ..clip.loss import siglip_loss
+
+
+def in_chunks(tower: Callable[[Tensor], Tensor], x: Tensor, chunk: int | None) -> Tensor:
+    """tower(x), `chunk` rows at a time (None: all), of which the backward pass keeps the features alone.
+
+    Whatever loss follows sees all rows at once, and its backward pass runs the tower again on each chunk, under the
+    random numbers that it had: every gradient, of the loss's own parameters too, is that of the whole batch. The last
+    chunk is kept as it is, since its backward pass comes first.
+    """
+    parts = x.split(chunk or len(x))
+    if not torch.is_grad_enabled() or len(parts) == 1:
+        return torch.cat([tower(part) for part in parts])
+    again = [checkpoint(tower, part, use_reentrant=False) for part in parts[:-1]]
+    return torch.cat([*again, tower(parts[-1])])
 
 
 class Passed(torch.autograd.Function):
@@ -44,10 +61,3 @@ def siglip_ring(image: Tensor, text: Tensor, logit_scale: Tensor, logit_bias: Te
             other, own = Passed.apply(other), exchange(own, 1)
         total = total + siglip_loss(image, other, logit_scale, logit_bias, group, own)
     return total
-
-
-def mean_over_processes(x: Tensor) -> Tensor:
-    """() -> (), without gradient."""
-    x = x.detach().clone()
-    dist.all_reduce(x)
-    return x / dist.get_world_size()

@@ -1,4 +1,4 @@
-"""What went wrong with the input of a long piece of work: counted by kind, the first cases told in words."""
+"""Problems with the input of a long piece of work: counted by kind, the first cases kept as sentences."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MOST_TOLD = 5  # sentences of one kind
+Note = tuple[str, str, str]  # kind, key and sentence of a problem: to be counted once per key
 
 
 @dataclass

@@ -1,9 +1,9 @@
-"""Span corruption (T5, Raffel et al. 2020): spans of the text give way to sentinels, and the answer spells them out."""
+"""Objectives of language models, which make batches of rows: the next token, masked ones, or left-out spans."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
@@ -12,9 +12,85 @@ from torch import Tensor
 from mm.errors import InputError
 from mm.tokenizer.tokenizer import Tokenizer
 
-from ..clip.data import Note
-from .batch import NONE
-from .packing import NOWHERE, Row
+from ..data.report import Note
+from .settings import LmData
+
+NONE = -100  # a target that does not count
+NOWHERE = -1  # the document of padding
+
+
+class Row(NamedTuple):
+    """ids (T,) int64, documents (T,) numbers of spans or -1 for padding, learned (T,) bool."""
+
+    ids: np.ndarray
+    documents: np.ndarray
+    learned: np.ndarray
+
+
+class LmBatch(NamedTuple):
+    """ids and targets (B, T) int64, the latter -100 where nothing is to be predicted; documents (B, T), numbers that
+    differ within a row, -1 for padding."""
+
+    ids: Tensor
+    targets: Tensor
+    documents: Tensor
+    notes: Sequence[Note] = ()
+
+
+class Objective(Protocol):
+    """Makes rows of T + `extra` tokens a batch, with a random generator for each row."""
+
+    extra: int
+
+    def __call__(self, rows: Sequence[Row], randoms: Sequence[np.random.Generator]) -> Any: ...
+
+
+class NextToken:
+    """Every token predicts the next one, where that is of its document and learned."""
+
+    extra = 1
+
+    def __call__(self, rows: Sequence[Row], randoms: Sequence[np.random.Generator]) -> LmBatch:
+        ids, documents, learned = (torch.from_numpy(np.stack(part)) for part in zip(*rows, strict=True))
+        counts = (documents[:, 1:] == documents[:, :-1]) & (documents[:, 1:] >= 0) & learned[:, 1:]
+        return LmBatch(ids[:, :-1].contiguous(), ids[:, 1:].masked_fill(~counts, NONE), documents[:, :-1].contiguous())
+
+
+MASKED, RANDOM = 0.8, 0.1  # of the hidden tokens: become <mask>, become another token; the others stay
+
+
+class Masked:
+    """Of each row's tokens, special ones apart, a `share` is to be predicted: as in BERT most of them as <mask>, one in
+    ten as a random token, one in ten as itself. Raises InputError for a tokenizer without a mask token."""
+
+    extra = 0
+
+    def __init__(self, tokenizer: Tokenizer, share: float) -> None:
+        name = tokenizer.settings.get("mask_token")
+        mask = tokenizer.pieces.token_id(name["content"] if isinstance(name, dict) else name) if name else None
+        if mask is None:
+            raise InputError("the tokenizer has no mask token, which a masked language model needs: "
+                             "mm train tokenizer --mask true makes one")
+        self.mask, self.share = mask, share
+        self.special = np.array(sorted(tokenizer.special_ids | {mask}))
+        self.words = np.setdiff1d(np.arange(tokenizer.vocab_size), self.special)
+
+    def __call__(self, rows: Sequence[Row], randoms: Sequence[np.random.Generator]) -> LmBatch:
+        ids, targets = zip(*map(self.hide, rows, randoms), strict=True)
+        documents = np.stack([row.documents for row in rows])
+        return LmBatch(*(torch.from_numpy(part) for part in (np.stack(ids), np.stack(targets), documents)))
+
+    def hide(self, row: Row, random: np.random.Generator) -> tuple[np.ndarray, np.ndarray]:
+        """(T,) ids and targets."""
+        usable = np.flatnonzero(row.learned & ~np.isin(row.ids, self.special))
+        chosen = random.permutation(usable)[: max(round(len(usable) * self.share), min(len(usable), 1))]
+        ids, targets, fate = row.ids.copy(), np.full_like(row.ids, NONE), random.random(len(chosen))
+        targets[chosen] = ids[chosen]
+        ids[chosen[fate < MASKED]] = self.mask
+        other = chosen[(fate >= MASKED) & (fate < MASKED + RANDOM)]
+        ids[other] = random.choice(self.words, len(other))
+        return ids, targets
+
 
 SENTINELS = 100  # of T5
 
@@ -117,3 +193,14 @@ def padded(rows: Sequence[Sequence[tuple[int, int]]], fill: int) -> tuple[Tensor
         if row:
             ids[i, : len(row)], documents[i, : len(row)] = torch.tensor(row).T
     return ids, documents
+
+
+def objective_for(kind: str, data: LmData, tokenizer: Tokenizer, vocab: int) -> Objective:
+    """`next`, `masked` or `spans` tokens to predict, for a model of `vocab` entries. Raises InputError for a tokenizer
+    that does not fit it or lacks the special tokens."""
+    if tokenizer.vocab_size > vocab:
+        raise InputError(f"the tokenizer has {tokenizer.vocab_size} entries, the model's embedding {vocab}: it is not "
+                         "this model's tokenizer")
+    if kind == "masked":
+        return Masked(tokenizer, data.share)
+    return Corrupted(tokenizer, vocab, data.share, data.span) if kind == "spans" else NextToken()
