@@ -137,7 +137,7 @@ def equal_heads(key: str = "num_attention_heads", width: str = "hidden_size") ->
     def read(keys: Keys, v: Values) -> dict[str, Any]:
         heads, dim = keys.positive(key), v["stack.dim"]
         if dim % heads:
-            raise InputError(f"{keys.where}: {width} {dim} cannot be shared by {heads} heads")
+            raise InputError(f"{keys.where}: {width} {dim} cannot be split over {heads} heads")
         return {"mixer.heads": heads, "mixer.kv_heads": heads, "mixer.head_dim": dim // heads}
     return pair(key, read, lambda pieces: {key: pieces.at("mixer.heads")})
 

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from mm.checkpoint.family import Extras, Keys
 from mm.checkpoint.tables import SAME, SCALAR, TRANSPOSED, Rule, Table, WeightTransform, reshaped, rule
 from mm.errors import InputError
 from mm.spec import CAUSAL, EVERYWHERE, LayerNorm, Stack
@@ -27,7 +28,8 @@ from ...spec import (
     TokenPool,
     ViTSpec,
 )
-from .common import Extras, Family, Keys, a_vit, encoder, ensure_kept
+from .common import Family, encoder, ensure_kept
+from .common import projected_vit as a_vit
 
 CONFIG = "open_clip_config.json"
 FILES = ("open_clip_model.safetensors", "open_clip_pytorch_model.safetensors", "open_clip_pytorch_model.bin",

@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import nn
 
-from mm.checkpoint.family import difference
+from mm.checkpoint.family import Keys, difference
 from mm.checkpoint.tables import Rule, Table, rule
 from mm.errors import InputError
 
 from ...spec import Argument, Backbone, CLIPSpec, MaxPool, MeanPool, Pool, ProbePool, Projection, TokenPool, ViTSpec
 from .. import backbone
 from . import timm_eva, timm_vit
-from .common import Family, Keys, ensure_kept, essence
+from .common import Family, ensure_kept, essence
 from .open_clip import (
     CONFIG,
     FILES,

@@ -13,11 +13,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from mm.checkpoint.family import Extras
 from mm.checkpoint.tables import Table
 from mm.errors import InputError
 
 from ...spec import ViTSpec
-from .common import Extras, Family, ensure_kept
+from .common import Family, ensure_kept
 
 CONFIG = "config.json"
 FILES = ("model.safetensors", "pytorch_model.bin")

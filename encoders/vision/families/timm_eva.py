@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from mm.checkpoint.tables import GATE_UP as HALVES
 from mm.checkpoint.tables import Rule, Table, WeightTransform, fused, rule
 from mm.errors import InputError
 from mm.spec import Attention, Axial, Layer, LayerNorm, Mixed, Mlp, Norm, QKNorm, RMSNorm, Rope, Stack
@@ -28,8 +29,8 @@ from ...spec import (
     TokenPool,
     ViTSpec,
 )
+from .common import BATCHED
 from .timm_common import timm_family
-from .transforms import BATCHED, HALVES
 
 PER_LAYER = WeightTransform(lambda xs: list(xs[0].unbind(1)), lambda xs: [torch.stack(list(xs), 1)])
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool()}

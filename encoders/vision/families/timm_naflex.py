@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import nn
 
+from mm.checkpoint.family import Extras
 from mm.checkpoint.files import Folder
 from mm.checkpoint.tables import Rule, Table, reshaped, rule
 from mm.errors import InputError
@@ -18,11 +19,10 @@ from ...spec import CentredGrid, FactorTable, GridTable, Patches, ProbePool, ViT
 from .. import preprocess_files
 from ..flex import FlexPreprocess
 from . import timm_common, timm_eva, timm_vit
-from .common import Extras
+from .common import BATCHED, flattened
 from .timm_common import timm_family
 from .timm_eva import PER_LAYER, norm_of, pool_rules, ratio, rope_of
 from .timm_vit import ACTS, head_of
-from .transforms import BATCHED, flattened
 
 ARCHITECTURE = "naflexvit_base_patch16_siglip"  # without LayerScale, which no argument switches off
 

@@ -26,9 +26,9 @@ from ...spec import (
     TokenPool,
     ViTSpec,
 )
+from .common import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
 from .timm_common import timm_family
 from .timm_eva import mlp_rules, norm_of, pool_rules, ratio
-from .transforms import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
 
 POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool(), "avgmax": MeanMaxPool()}
 ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
