@@ -7,11 +7,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm.nn.linear import linear
-from mm.positions import rope
-from mm.positions.absolute import resample_grid, resample_line, sinusoid_2d
 
 from .. import spec
 from .flex import Flex
+from .grid import centred_grid, index_grid, jitter, resample_grid, resample_line, sinusoid_2d
 
 Size = tuple[int, int]
 
@@ -118,12 +117,12 @@ def coordinates(grid: Size, settings: spec.IndexGrid | spec.CentredGrid, trainin
     """(N, 2) rotary coordinates of the patches of a grid, moved at random while training where the settings say so."""
     if isinstance(settings, spec.IndexGrid):
         reference = settings.reference and tuple(settings.reference)
-        return rope.grid(*grid, order=settings.order, reference=reference, offset=settings.offset, device=device)
-    coords = rope.centred_grid(*grid, normalise=settings.normalise, device=device)
+        return index_grid(*grid, order=settings.order, reference=reference, offset=settings.offset, device=device)
+    coords = centred_grid(*grid, normalise=settings.normalise, device=device)
     moves = settings.shift or settings.stretch != 1 or settings.rescale != 1
     if not (training and moves):
         return coords
-    return rope.jitter(coords, shift=settings.shift, stretch=settings.stretch, rescale=settings.rescale)
+    return jitter(coords, shift=settings.shift, stretch=settings.stretch, rescale=settings.rescale)
 
 
 def kept_patches(batch: int, length: int, prefix: int, rate: float, device: torch.device) -> Tensor:

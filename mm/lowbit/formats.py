@@ -20,8 +20,7 @@ from mm.errors import InputError
 from mm.lowbit.packing import MakeLinear, PackedWeight, operator, replace_linears
 from mm.nn.embed import LMHead
 from mm.nn.latent import Unfolding
-from mm.nn.linear import ONEDNN, FusedLinear
-from mm.speech.depth import StepLinear
+from mm.nn.linear import ONEDNN, FusedLinear, StepLinear
 
 M = TypeVar("M", bound=nn.Module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -154,3 +155,45 @@ class FusedLinear(nn.Module):
 
     def extra_repr(self) -> str:
         return f"{self.dim} -> {self.sizes}, biases={self.biases}"
+
+
+class StepLinear(nn.Module):
+    """x: (K, N, D) -> (K, N, E), step k by `weight[sets[k]]`."""
+
+    def __init__(self, sets: tuple[int, ...], dim: int, out: int, bias: bool = False):
+        super().__init__()
+        self.sets, count = sets, max(sets) + 1
+        self.weight = nn.Parameter(torch.empty(count, out, dim))
+        self.bias = nn.Parameter(torch.empty(count, out)) if bias else None
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        nn.init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
+        if self.bias is not None:
+            nn.init.zeros_(self.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if len(self.weight) == 1:
+            return linear(x, self.weight[0], None if self.bias is None else self.bias[0])
+        weight, bias = self.of_steps(self.weight), self.bias
+        out = each(x, weight)
+        return out if bias is None else out + self.of_steps(bias).unsqueeze(1)
+
+    def of_steps(self, held: Tensor) -> Tensor:
+        """(sets, ...) -> (K, ...)"""
+        return held if self.sets == tuple(range(len(held))) else held[constant(self.sets, held.device)]
+
+    def step(self, x: Tensor, k: int) -> Tensor:
+        """x: (B, D) -> (B, E)."""
+        i = self.sets[k]
+        return linear(x, self.weight[i], None if self.bias is None else self.bias[i])
+
+    def extra_repr(self) -> str:
+        return f"{self.weight.shape[2]} -> {self.weight.shape[1]}, {len(self.weight)} sets"
+
+
+@cache
+def constant(values: tuple[int, ...], device: torch.device) -> Tensor:
+    """Return integers (S,) as a tensor that is made once per device."""
+    with torch.inference_mode(False):
+        return torch.tensor(values, dtype=torch.long, device=device)

@@ -11,8 +11,7 @@ from torch import Tensor, nn
 
 from mm.errors import InputError
 from mm.nn.grouped import StackedLinear
-from mm.nn.linear import FusedLinear
-from mm.speech.depth import StepLinear
+from mm.nn.linear import FusedLinear, StepLinear
 
 LINEAR = nn.Linear | FusedLinear | StackedLinear | StepLinear
 

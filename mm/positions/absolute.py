@@ -1,4 +1,4 @@
-"""Absolute positions (sinusoids, learned tables and their resampling) and position biases (ALiBi, T5 buckets)."""
+"""Absolute positions (sinusoids, learned tables) and position biases (ALiBi, T5 buckets)."""
 
 from __future__ import annotations
 
@@ -25,32 +25,6 @@ def sinusoid(positions: Tensor, dim: int, *, theta: float = 10000.0, last: bool 
     exponent = torch.arange(half, device=positions.device, dtype=torch.float32) / max(half - last, 1)
     angle = positions.to(torch.float32).unsqueeze(-1) / theta**exponent
     return torch.cat([angle.sin(), angle.cos()], -1)
-
-
-def sinusoid_2d(height: int, width: int, dim: int, *, theta: float = 10000.0) -> Tensor:
-    """(height * width, dim): the first half of the channels codes the column, the second the row (MAE, CLIPA)."""
-    if dim % 4:
-        raise InputError(f"2-D sinusoids need a width that is a multiple of 4, not {dim}")
-    ys, xs = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.cat([sinusoid(axis.flatten(), dim // 2, theta=theta) for axis in (xs, ys)], -1)
-
-
-def resample_grid(table: Tensor, old: tuple[int, int], new: tuple[int, int], *, mode: str = "bicubic",
-                  antialias: bool = True, align_corners: bool = False) -> Tensor:
-    """A table of learned 2-D positions (old[0] * old[1], D) for another grid: (new[0] * new[1], D)."""
-    if old == new:
-        return table
-    picture = table.float().T.reshape(1, -1, *old)
-    picture = F.interpolate(picture, new, mode=mode, antialias=antialias, align_corners=align_corners)
-    return picture.flatten(2)[0].T.to(table.dtype)
-
-
-def resample_line(table: Tensor, length: int) -> Tensor:
-    """A table of learned 1-D positions (L, D), linearly interpolated to (length, D)."""
-    if len(table) == length:
-        return table
-    line = F.interpolate(table.float().T.unsqueeze(0), length, mode="linear", align_corners=False)
-    return line[0].T.to(table.dtype)
 
 
 @dataclass(frozen=True)

@@ -187,39 +187,3 @@ def long_gain(long: spec.LongRope) -> float:
     if long.gain is not None:
         return long.gain
     return math.sqrt(1 + math.log(long.factor) / math.log(long.original)) if long.factor > 1 else 1.0
-
-
-# ------------------------------------------------------------------------------------- picture coordinates
-def grid(height: int, width: int, *, order: str = "yx", reference: tuple[int, int] | None = None, offset: float = 0.0,
-         device: torch.device | None = None) -> Tensor:
-    """(height * width, 2) coordinates of patches in row order; `reference` stretches the grid to that (h, w)."""
-    ys = torch.arange(height, device=device, dtype=torch.float32) + offset
-    xs = torch.arange(width, device=device, dtype=torch.float32) + offset
-    if reference is not None:
-        ys, xs = ys / height * reference[0], xs / width * reference[1]
-    return product(ys, xs, order)
-
-
-def centred_grid(height: int, width: int, *, normalise: str = "separate", device: torch.device | None = None) -> Tensor:
-    """(height * width, 2) patch centres (y, x) in [-1, 1]; `normalise` divides by each side, or by the `min` or the
-    `max` side (DINOv3)."""
-    sides = (height, width) if normalise == "separate" else (dict(min=min, max=max)[normalise](height, width),) * 2
-    ys = (torch.arange(height, device=device, dtype=torch.float32) + 0.5) / sides[0]
-    xs = (torch.arange(width, device=device, dtype=torch.float32) + 0.5) / sides[1]
-    return product(2 * ys - 1, 2 * xs - 1, "yx")
-
-
-def jitter(coords: Tensor, *, shift: float = 0.0, stretch: float = 1.0, rescale: float = 1.0,
-           generator: torch.Generator | None = None) -> Tensor:
-    """DINOv3's training augmentation of centred coords (N, 2): a shift in [-shift, shift] per axis, a log-uniform
-    factor up to `stretch` per axis, and one shared log-uniform factor up to `rescale`."""
-    def uniform(count: int, edge: float) -> Tensor:
-        draw = torch.rand(count, device=coords.device, dtype=coords.dtype, generator=generator)
-        return (2 * draw - 1) * edge
-    moved = coords + uniform(2, shift)
-    return moved * uniform(2, math.log(stretch)).exp() * uniform(1, math.log(rescale)).exp()
-
-
-def product(ys: Tensor, xs: Tensor, order: str) -> Tensor:
-    y, x = torch.meshgrid(ys, xs, indexing="ij")
-    return torch.stack([y, x] if order == "yx" else [x, y], -1).flatten(0, 1)

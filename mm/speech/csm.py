@@ -13,10 +13,10 @@ from mm.checkpoint.pretrained import Pretrained
 from mm.decode.sampling import GREEDY, Controls, Sampling, choose, controls
 from mm.errors import InputError
 from mm.nn.embed import Table
-from mm.nn.linear import Linear
+from mm.nn.linear import Linear, StepLinear
 from mm.nn.state import StackState
 from mm.nn.transformer import Transformer
-from mm.speech.depth import DepthStack, StepLinear
+from mm.speech.depth import DepthStack
 from mm.speech.families import FAMILIES
 from mm.speech.streams import NONE, CodeTables
 

@@ -15,13 +15,13 @@ from torch import Tensor, nn
 from mm import spec
 from mm.kernels import attend
 from mm.nn.gated import silu_mlp
-from mm.nn.linear import add, each, linear, multiply
+from mm.nn.linear import StepLinear, add, multiply
 from mm.nn.mlp import ACTIVATIONS
 from mm.nn.norm import build_norm
 from mm.positions import rope as rotary
 from mm.positions.rope import Rotation
 from mm.positions.visibility import At, along
-from mm.speech.streams import CodeTables, TextTable, column
+from mm.speech.streams import CodeTables, TextTable
 
 
 @dataclass(frozen=True)
@@ -31,41 +31,6 @@ class Cache:
 
     layers: list[tuple[Tensor, Tensor]]
     at: list[tuple[At, At]]
-
-
-class StepLinear(nn.Module):
-    """x: (K, N, D) -> (K, N, E), step k by `weight[sets[k]]`."""
-
-    def __init__(self, sets: tuple[int, ...], dim: int, out: int, bias: bool = False):
-        super().__init__()
-        self.sets, count = sets, max(sets) + 1
-        self.weight = nn.Parameter(torch.empty(count, out, dim))
-        self.bias = nn.Parameter(torch.empty(count, out)) if bias else None
-        self.reset_parameters()
-
-    def reset_parameters(self) -> None:
-        nn.init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
-        if self.bias is not None:
-            nn.init.zeros_(self.bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if len(self.weight) == 1:
-            return linear(x, self.weight[0], None if self.bias is None else self.bias[0])
-        weight, bias = self.of_steps(self.weight), self.bias
-        out = each(x, weight)
-        return out if bias is None else out + self.of_steps(bias).unsqueeze(1)
-
-    def of_steps(self, held: Tensor) -> Tensor:
-        """(sets, ...) -> (K, ...)"""
-        return held if self.sets == tuple(range(len(held))) else held[column(self.sets, held.device)]
-
-    def step(self, x: Tensor, k: int) -> Tensor:
-        """x: (B, D) -> (B, E)."""
-        i = self.sets[k]
-        return linear(x, self.weight[i], None if self.bias is None else self.bias[i])
-
-    def extra_repr(self) -> str:
-        return f"{self.weight.shape[2]} -> {self.weight.shape[1]}, {len(self.weight)} sets"
 
 
 class StepNorm(nn.Module):

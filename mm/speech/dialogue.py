@@ -17,10 +17,11 @@ from torch import Tensor
 
 from mm.decode.sampling import Controls, Sampling, choose, controls
 from mm.errors import InputError
+from mm.nn.linear import constant
 from mm.nn.memory import Memory
 from mm.nn.state import StackState, State
 from mm.spec.schema import require
-from mm.speech.streams import NONE, column
+from mm.speech.streams import NONE
 from mm.tree import register, tensors
 
 UNKNOWN = -2  # a token that is not known yet, or, where tokens are given, one that the model is to choose
@@ -109,11 +110,11 @@ class DuplexState(State):
 
     def read(self, initial: tuple[int, ...], rows: Tensor | None) -> Tensor:
         """The tokens (B, 1 + Q) that the streams read in this step."""
-        delays = column(self.delays, self.offset.device)
+        delays = constant(self.delays, self.offset.device)
         begins = self.offset[:, None] <= delays
         idle = begins if rows is None else begins | ~rows[:, None]
         now = self.tokens.gather(2, self.slots(torch.zeros_like(delays), None).unsqueeze(2)).squeeze(2)
-        now = torch.where(idle, column(initial, now.device), now)
+        now = torch.where(idle, constant(initial, now.device), now)
         if self.guidance is not None and self.guidance.hides != "conditions":
             hidden = self.offset[:, None] <= delays + self.guidance.hidden_frames
             if self.guidance.hides == "text":
@@ -129,7 +130,7 @@ class DuplexState(State):
 
     def newest(self, streams: int, rows: Tensor | None) -> Tensor:
         """The newest whole frame of the first streams (B, streams)."""
-        delays, lag = column(self.delays[:streams], self.offset.device), self.tokens.shape[2] - 3
+        delays, lag = constant(self.delays[:streams], self.offset.device), self.tokens.shape[2] - 3
         found = self.tokens[:, :streams].gather(2, self.slots(delays - lag, None).unsqueeze(2)).squeeze(2)
         there = self.offset > lag
         there = there if rows is None else there & rows

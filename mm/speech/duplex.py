@@ -17,7 +17,7 @@ from mm import spec
 from mm.checkpoint.pretrained import Pretrained
 from mm.decode.sampling import GREEDY, Sampling, controls
 from mm.errors import InputError
-from mm.nn.linear import Linear
+from mm.nn.linear import Linear, constant
 from mm.nn.memory import Memory
 from mm.nn.state import StackState, check_state
 from mm.nn.transformer import Transformer
@@ -36,7 +36,7 @@ from mm.speech.dialogue import (
     select,
 )
 from mm.speech.families import FAMILIES
-from mm.speech.streams import NONE, CodeTables, TextTable, aligned, column, delayed
+from mm.speech.streams import NONE, CodeTables, TextTable, aligned, delayed
 
 
 class Logits(NamedTuple):
@@ -205,7 +205,7 @@ class DuplexLM(Pretrained):
         self.check_step(state, heard, rows, given)
         self.check_values(heard, given)
         if self.spec.heard:
-            state.put(1 + own, state.rows(heard), column(state.delays[1 + own:], heard.device), wide)
+            state.put(1 + own, state.rows(heard), constant(state.delays[1 + own:], heard.device), wide)
         inputs = state.read(self.initial, wide).unsqueeze(2)
         hidden = self.hidden(inputs, Conditioned(state.added), state=state.stack, rows=wide, memory=state.memory)[:, 0]
         text = self.choose_text(hidden, state, hooks)
@@ -231,7 +231,7 @@ class DuplexLM(Pretrained):
         self.check_step(state, heard[..., 0], rows, own[..., 0])
         check_tokens("a prompt's text", own[:, 0], self.spec.text.most)
         check_tokens("a prompt's codes", torch.cat([own[:, 1:], heard], 1), self.spec.card)
-        later = column(state.delays[own.shape[1]:], own.device)
+        later = constant(state.delays[own.shape[1]:], own.device)
         for t in range(own.shape[2]):
             if self.spec.heard:
                 state.put(own.shape[1], state.rows(heard[..., t]), later, wide)

@@ -2,23 +2,14 @@
 
 from __future__ import annotations
 
-from functools import cache
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from mm import spec
-from mm.nn.linear import Linear
+from mm.nn.linear import Linear, constant
 
 NONE = -1  # a token that is not there: it adds nothing to an input and nothing to a loss
-
-
-@cache
-def column(values: tuple[int, ...], device: torch.device) -> Tensor:
-    """A constant (S,), made once per device."""
-    with torch.inference_mode(False):
-        return torch.tensor(values, dtype=torch.long, device=device)
 
 
 def moved(index: Tensor, length: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -36,9 +27,9 @@ def delayed(codes: Tensor, delays: tuple[int, ...], initial: tuple[int, ...],
     """codes (B, S, T) -> (every stream later by its delay, `initial` before its first token (B, S, T); whether a token
     is a frame's own (B or 1, S, T) bool). Packed documents (B, T) begin anew each."""
     frames = torch.arange(codes.shape[2], device=codes.device)
-    index, there = moved(frames - column(delays, codes.device)[:, None], codes.shape[2], documents)
+    index, there = moved(frames - constant(delays, codes.device)[:, None], codes.shape[2], documents)
     later = codes.gather(2, index.expand(len(codes), -1, -1))
-    return torch.where(there, later, column(initial, codes.device)[:, None]), there
+    return torch.where(there, later, constant(initial, codes.device)[:, None]), there
 
 
 def aligned(x: Tensor, delays: tuple[int, ...], documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -47,7 +38,7 @@ def aligned(x: Tensor, delays: tuple[int, ...], documents: Tensor | None = None)
     if not any(delays):
         return x, None
     frames = torch.arange(x.shape[2], device=x.device)
-    index, there = moved(frames + column(delays, x.device)[:, None], x.shape[2], documents)
+    index, there = moved(frames + constant(delays, x.device)[:, None], x.shape[2], documents)
     return x.gather(2, index[:, None, :, None].expand_as(x)), there
 
 

@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from triton_interpreter import bfloat16_as_in_hardware
 
+from mm.encoders.vision import grid
 from mm.errors import InputError
 from mm.kernels import operator
 from mm.kernels import triton_launch as run
@@ -171,16 +172,16 @@ def test_rotation_on_load(layout, dim):
 
 
 def test_rotation_by_two_axes_and_of_queries_alone():
-    at = At(torch.arange(40).expand(1, 40), coords=rope.grid(5, 8).expand(1, 40, 2))
+    at = At(torch.arange(40).expand(1, 40), coords=grid.index_grid(5, 8).expand(1, 40, 2))
     both = rotation(at, 80, axes=Axial())
     Case(width=80, q_at=at, k_at=at, q_rope=both, k_rope=both, kv=1).check()
     Case(2, q_rope=rotation(along(1, 40), 32), q_at=along(1, 40), k_at=along(1, 40), kv=1).check()  # one row for all
-    Case(q_rope=rope.rotation(rope.grid(5, 8).expand(1, 40, 2), Rope(), 32, torch.rand(2, 4, 16))).check()  # by head
+    Case(q_rope=rope.rotation(grid.index_grid(5, 8).expand(1, 40, 2), Rope(), 32, torch.rand(2, 4, 16))).check()
 
 
 def test_learned_rotations_get_gradients():
     bands = torch.rand(2, 4, 16, requires_grad=True)
-    both = rope.rotation(rope.grid(5, 8).expand(1, 40, 2), Rope(), 32, bands)
+    both = rope.rotation(grid.index_grid(5, 8).expand(1, 40, 2), Rope(), 32, bands)
     case = Case(q_rope=both, k_rope=both, group=1, kv=4)
     wanted, = torch.autograd.grad(case.oracle(), bands, case.upstream.double(), retain_graph=True)
     ours, = torch.autograd.grad(case.kernel(), bands, case.upstream)

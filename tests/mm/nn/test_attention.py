@@ -14,6 +14,7 @@ from transformers.models.qwen3_next.modeling_qwen3_next import Qwen3NextAttentio
 from transformers.models.whisper.modeling_whisper import WhisperConfig, WhisperDecoderLayer
 
 from mm import spec
+from mm.encoders.vision import grid
 from mm.errors import InputError
 from mm.nn.attention import CrossAttention
 from mm.nn.transformer import Transformer
@@ -180,13 +181,13 @@ def test_inner_norms_and_layer_scale_are_eva02s():
         "blocks.{}.mlp.down": "mlp.fc2", "blocks.{}.mlp_scale": "gamma_2"})
     x = torch.randn(2, LENGTH, DIM)
     table = RotaryEmbeddingCat(8, in_pixels=False).get_embed([5, 8])
-    close(ours(x, along(2, LENGTH, coords=rope.grid(5, 8).expand(2, -1, -1))), theirs(x, rope=table))
+    close(ours(x, along(2, LENGTH, coords=grid.index_grid(5, 8).expand(2, -1, -1))), theirs(x, rope=table))
 
 
 def test_learned_mixed_frequencies_turn_queries_and_keys():
     """Per head and layer: the module's own parameter is what `rope.turn` is given."""
     net = redraw(alone(attention(kv_heads=4, rope=Rope(axes=spec.Mixed()))))
-    x, coords = torch.randn(2, LENGTH, DIM), rope.grid(5, 8).expand(2, -1, -1)
+    x, coords = torch.randn(2, LENGTH, DIM), grid.index_grid(5, 8).expand(2, -1, -1)
     mixer = net.blocks[0].mixer
     rotation = rope.rotation(coords, mixer.settings.rope, 8, mixer.mixed)
     q, k, v = (y.unflatten(-1, (4, 8)).transpose(1, 2) for y in mixer.qkv(x))

@@ -12,6 +12,7 @@ from transformers.models.vit.modeling_vit import ViTConfig, ViTEmbeddings
 from transformers.models.whisper.modeling_whisper import sinusoids
 
 from mm import spec
+from mm.encoders.vision import grid
 from mm.errors import InputError
 from mm.kernels.options import AttentionOptions
 from mm.kernels.plain import reference
@@ -32,12 +33,12 @@ def test_sinusoids_stop_before_the_lowest_frequency_unless_told():
 def test_2d_sinusoids_are_timms():
     wanted = build_sincos2d_pos_embed([10, 6], 32, temperature=500.0, reverse_coord=True)
     wanted = wanted.view(6, 10, 2, 2, 8)  # timm: column by column; sines, then cosines of (x, y)
-    close(positions.sinusoid_2d(10, 6, 32, theta=500.0), wanted.permute(1, 0, 3, 2, 4).flatten(2).flatten(0, 1))
+    close(grid.sinusoid_2d(10, 6, 32, theta=500.0), wanted.permute(1, 0, 3, 2, 4).flatten(2).flatten(0, 1))
 
 
 def test_widths_that_do_not_split_are_refused():
     with pytest.raises(InputError, match="multiple of 4"):
-        positions.sinusoid_2d(3, 3, 34)
+        grid.sinusoid_2d(3, 3, 34)
     with pytest.raises(InputError, match="even"):
         positions.sinusoid(torch.arange(3), 7)
 
@@ -47,30 +48,30 @@ def test_widths_that_do_not_split_are_refused():
 def test_grids_are_resampled_as_timm_does(new):
     table = torch.randn(49, 16)
     wanted = resample_abs_pos_embed(table[None], list(new), [7, 7], num_prefix_tokens=0)[0]
-    close(positions.resample_grid(table, (7, 7), new), wanted)
+    close(grid.resample_grid(table, (7, 7), new), wanted)
     wanted = resample_abs_pos_embed(table[None], list(new), [7, 7], num_prefix_tokens=0, interpolation="bilinear",
                                     antialias=False)[0]
-    close(positions.resample_grid(table, (7, 7), new, mode="bilinear", antialias=False), wanted)
+    close(grid.resample_grid(table, (7, 7), new, mode="bilinear", antialias=False), wanted)
 
 
 def test_grids_are_resampled_as_transformers_does():
     theirs = redraw(ViTEmbeddings(ViTConfig(image_size=28, patch_size=4, hidden_size=16)))
     wanted = theirs.interpolate_pos_encoding(torch.zeros(1, 1 + 45, 16), 20, 36)[0, 1:]
-    close(positions.resample_grid(theirs.position_embeddings[0, 1:], (7, 7), (5, 9), antialias=False), wanted)
+    close(grid.resample_grid(theirs.position_embeddings[0, 1:], (7, 7), (5, 9), antialias=False), wanted)
 
 
 def test_an_unchanged_grid_is_untouched_and_half_precision_kept():
     table = torch.randn(6, 8).bfloat16()
-    assert positions.resample_grid(table, (2, 3), (2, 3)) is table and positions.resample_line(table, 6) is table
-    assert positions.resample_grid(table, (2, 3), (3, 2)).dtype == torch.bfloat16
-    wanted = positions.resample_grid(table.float(), (2, 3), (4, 5)).bfloat16()
-    assert torch.equal(positions.resample_grid(table, (2, 3), (4, 5)), wanted)
+    assert grid.resample_grid(table, (2, 3), (2, 3)) is table and grid.resample_line(table, 6) is table
+    assert grid.resample_grid(table, (2, 3), (3, 2)).dtype == torch.bfloat16
+    wanted = grid.resample_grid(table.float(), (2, 3), (4, 5)).bfloat16()
+    assert torch.equal(grid.resample_grid(table, (2, 3), (4, 5)), wanted)
 
 
 @pytest.mark.parametrize("length", [4, 23])
 def test_lines_are_resampled_linearly(length):
     table = torch.randn(10, 6)
-    close(positions.resample_line(table, length), F.interpolate(table.T[None], length, mode="linear")[0].T)
+    close(grid.resample_line(table, length), F.interpolate(table.T[None], length, mode="linear")[0].T)
 
 
 def test_learned_positions_may_start_late_like_barts():

@@ -18,6 +18,7 @@ from transformers.models.qwen2_vl import modeling_qwen2_vl as qwen2
 from transformers.models.qwen3_vl import modeling_qwen3_vl as qwen3
 
 from mm import spec
+from mm.encoders.vision import grid
 from mm.errors import InputError
 from mm.positions import rope
 
@@ -139,7 +140,7 @@ def test_plain_text_turns_every_section_alike():
 
 
 def test_axial_halves_are_qwen2_vls_vision():
-    x, coords = torch.randn(1, 3, 60, HEAD), rope.grid(6, 10)[None]
+    x, coords = torch.randn(1, 3, 60, HEAD), grid.index_grid(6, 10)[None]
     config = qwen2.Qwen2VLVisionConfig(embed_dim=4 * HEAD, num_heads=4)
     cos, sin = qwen2.Qwen2VLVisionRotaryEmbedding(config)(x, coords[0].long())
     wanted = qwen2.apply_rotary_pos_emb_vision(x[0].transpose(0, 1), x[0].transpose(0, 1), cos, sin)[0].transpose(0, 1)
@@ -152,7 +153,7 @@ def test_axial_interleaved_is_timms_eva(order, reference, offset):
     x = torch.randn(1, 3, 60, HEAD)
     theirs = RotaryEmbeddingCat(HEAD, in_pixels=False, ref_feat_shape=reference, grid_offset=offset,
                                 grid_indexing={"yx": "ij", "xy": "xy"}[order])
-    coords = rope.grid(6, 10, order=order, reference=reference, offset=offset)[None]
+    coords = grid.index_grid(6, 10, order=order, reference=reference, offset=offset)[None]
     ours = rotated(x, coords, spec.Rope(layout="interleaved", axes=spec.Axial()))
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([6, 10])))
 
@@ -162,7 +163,7 @@ def test_learned_mixed_axes_are_timms(order):
     x = torch.randn(2, 4, 60, HEAD)
     theirs = RotaryEmbeddingMixed(4 * HEAD, depth=1, num_heads=4, grid_indexing={"yx": "ij", "xy": "xy"}[order])
     theirs.freqs.data.normal_()
-    coords = rope.grid(6, 10, order=order)[None].expand(2, -1, -1)
+    coords = grid.index_grid(6, 10, order=order)[None].expand(2, -1, -1)
     ours = rotated(x, coords, spec.Rope(layout="interleaved", axes=spec.Mixed()), theirs.freqs[:, 0])
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([6, 10])[0]))
 
@@ -173,7 +174,7 @@ def test_centred_grid_is_dinov3s(height, width):
     config = dino.DINOv3ViTConfig(hidden_size=4 * HEAD, num_attention_heads=4, patch_size=2, rope_theta=100.0)
     cos, sin = dino.DINOv3ViTRopePositionEmbedding(config).eval()(torch.zeros(1, 3, 2 * height, 2 * width))
     settings = spec.Rope(theta=100.0, frequency=2 * math.pi, axes=spec.Axial())
-    close(rotated(x, rope.centred_grid(height, width)[None], settings), dino.apply_rotary_pos_emb(x, x, cos, sin)[0])
+    close(rotated(x, grid.centred_grid(height, width)[None], settings), dino.apply_rotary_pos_emb(x, x, cos, sin)[0])
 
 
 @pytest.mark.parametrize("normalise", ["separate", "min", "max"])
@@ -181,7 +182,7 @@ def test_centred_grid_normalises_like_timm(normalise):
     x = torch.randn(1, 4, 60, HEAD)
     theirs = RotaryEmbeddingDinoV3(HEAD, temperature=100.0, normalize_coords=normalise, rotate_half=True).eval()
     settings = spec.Rope(theta=100.0, frequency=2 * math.pi, axes=spec.Axial())
-    ours = rotated(x, rope.centred_grid(5, 12, normalise=normalise)[None], settings)
+    ours = rotated(x, grid.centred_grid(5, 12, normalise=normalise)[None], settings)
     close(ours, apply_rot_embed_cat(x, theirs.get_embed([5, 12]), half=True))
 
 
@@ -200,7 +201,7 @@ def test_three_axes_turn_a_third_each():
 
 def test_a_prefix_token_at_coordinate_0_does_not_turn():
     x, settings = torch.randn(1, 4, 61, HEAD), spec.Rope(frequency=2 * math.pi, axes=spec.Axial())
-    patches = rope.centred_grid(5, 12)
+    patches = grid.centred_grid(5, 12)
     ours = rotated(x, torch.cat([torch.zeros(1, 2), patches])[None], settings)
     close(ours[:, :, :1], x[:, :, :1], 0)
     close(ours[:, :, 1:], rotated(x[:, :, 1:], patches[None], settings), 0)
@@ -208,15 +209,15 @@ def test_a_prefix_token_at_coordinate_0_does_not_turn():
 
 # -------------------------------------------------------------------------------------------------- jitter
 def test_jitter_without_strength_is_identity():
-    coords = rope.centred_grid(5, 12)
-    close(rope.jitter(coords), coords, 0)
+    coords = grid.centred_grid(5, 12)
+    close(grid.jitter(coords), coords, 0)
 
 
 @given(st.floats(0, 0.5), st.floats(1, 3), st.floats(1, 3), st.integers(0, 2**32 - 1))
 def test_jitter_stays_in_its_bounds_and_follows_its_seed(shift, stretch, rescale, seed):
-    coords = rope.centred_grid(5, 12)
+    coords = grid.centred_grid(5, 12)
     def draw(**strength):
-        return rope.jitter(coords, generator=torch.Generator().manual_seed(seed), **strength)
+        return grid.jitter(coords, generator=torch.Generator().manual_seed(seed), **strength)
     moved = draw(shift=shift) - coords
     assert (moved - moved[0]).abs().max() < 1e-6 and moved.abs().max() <= shift + 1e-6
     factor = draw(stretch=stretch) / coords
@@ -229,9 +230,9 @@ def test_jitter_stays_in_its_bounds_and_follows_its_seed(shift, stretch, rescale
 
 
 def test_jitter_draws_afresh_for_each_axis():
-    draws = torch.stack([rope.jitter(torch.ones(1, 2), stretch=2.0)[0].log2() for _ in range(300)])
+    draws = torch.stack([grid.jitter(torch.ones(1, 2), stretch=2.0)[0].log2() for _ in range(300)])
     assert draws.abs().max() <= 1 and draws.std(0).min() > 0.4 and (draws[:, 0] - draws[:, 1]).abs().max() > 1
-    shifts = rope.jitter(torch.zeros(1, 2), shift=0.5)[0]
+    shifts = grid.jitter(torch.zeros(1, 2), shift=0.5)[0]
     assert shifts[0] != shifts[1]
 
 
