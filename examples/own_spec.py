@@ -1,4 +1,4 @@
-"""A model of your own shape: a decoder whose layers alternate between a window and the whole text, trained for 20 steps.
+"""A model of your own shape: layers alternate between a window and the whole text. Trains for 20 steps.
 
     python examples/own_spec.py
 """
@@ -34,8 +34,7 @@ def main() -> None:
         optimizer.step()
         if step % 5 == 4:
             print(f"step {step + 1}: loss {loss.item():.3f}")
-    print(f"{sum(p.numel() for p in model.parameters()):,} parameters; the spec is {len(to_json(model.spec))} characters "
-          "of JSON")
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, a spec of {len(to_json(model.spec))} characters")
     model.save_pretrained("own_spec")          # mm generate, mm info and mm train lm --model open it
     assert TextDecoder.from_pretrained("own_spec").spec == model.spec
 
