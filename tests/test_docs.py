@@ -1,4 +1,4 @@
-"""The documentation holds: its Python runs, its commands parse, its links lead somewhere, and the README stays short."""
+"""The documentation holds: its Python runs, its commands parse, its links lead somewhere, the README is short."""
 
 import re
 import shlex
@@ -12,7 +12,7 @@ from mm.recipes.common.command import imported, parse
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
 IDS = [str(page.relative_to(ROOT)) for page in PAGES]
-RUN = ("README.md", "docs/design.md", "docs/how-to/shapes.md", "docs/how-to/trainer.md")  # others need their own commands
+RUN = ("README.md", "docs/design.md", "docs/how-to/shapes.md", "docs/how-to/trainer.md")
 TUTORIALS = ("search", "vit", "codec", "duplex")
 
 
