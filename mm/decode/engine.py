@@ -6,17 +6,19 @@ from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from mm.decode.requests import Cache, LanguageModel, Prefix, Request, TextStream, check_prompt, default_eos
 from mm.decode.sampling import GREEDY, Sampling, choose, controls
-from mm.decode.speculate import Proposer
 from mm.errors import InputError
-from mm.nn import graph
 from mm.nn.memory import Memory
 from mm.nn.state import StackState
+
+if TYPE_CHECKING:
+    from mm.decode.speculate import Proposer
 
 
 @dataclass
@@ -72,7 +74,7 @@ class Engine:
         self.waiting: deque[Request] = deque()
         self.filling: Filling | None = None
         self.settings = controls([GREEDY] * slots, self.device)
-        self.decode = graph.compiled(self.plain_step, self.device) if compiled else self.eager_step
+        self.decode = self.compiled_step() if compiled else self.eager_step
 
     def new_state(self, rows: int) -> StackState:
         return self.model.init_state(rows, length=self.length, chunk=max(self.chunk, self.ahead + 1), cache=self.cache)
@@ -157,6 +159,11 @@ class Engine:
         """Bound all positions of the running rows, with `more` tokens in each."""
         return min(self.length, max(len(row.prompt) + len(row.out) for row in self.rows if running(row)) + more)
 
+    def compiled_step(self) -> Callable[[], Tensor]:
+        from mm.nn.graph import compiled
+
+        return compiled(self.plain_step, self.device)
+
     def plain_step(self, all_run: bool = False, within: int | None = None) -> Tensor:
         """Make one token of every row (B,): nothing is read back, and shapes are static by default."""
         rows = None if all_run else self.active
@@ -225,8 +232,8 @@ class Engine:
 
     def change_settings(self) -> None:
         """Put settings and seen tokens of the rows into new tensors."""
-        if isinstance(self.decode, graph.Compiled | graph.Replay):
-            self.decode.renew()
+        if (renew := getattr(self.decode, "renew", None)) is not None:  # a compiled step reads the tensors of before
+            renew()
         self.settings = controls([row.sampling if row else GREEDY for row in self.rows], self.device)
         self.seen = None
         if self.settings.penalised:

@@ -4,17 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TypedDict, Unpack
+from typing import TYPE_CHECKING, TypedDict, Unpack
 
 from torch import Tensor
 
-from mm.decode.beam import Beams, beam_search
 from mm.decode.engine import Engine
 from mm.decode.requests import Cache, LanguageModel, Prompts, Reason, check_prompt, prompt_ids
 from mm.decode.sampling import GREEDY, Sampling
-from mm.decode.speculate import Proposer
 from mm.errors import InputError
 from mm.nn.memory import Memory
+
+if TYPE_CHECKING:
+    from mm.decode.beam import Beams
+    from mm.decode.speculate import Proposer
 
 
 @dataclass(frozen=True)
@@ -87,6 +89,8 @@ def search(model: LanguageModel, rows: list[list[int]], settings: list[Sampling]
            options: EngineOptions) -> list[Output]:
     """Find the likeliest texts. Raises InputError for settings that are not those of greedy decoding, one for all, and
     for options that beam search has not."""
+    from mm.decode.beam import beam_search
+
     if unknown := options.keys() - EngineOptions.__annotations__.keys():
         raise TypeError(f"generate has no keyword {', '.join(sorted(unknown))}")
     if options.get("speculate") or options.get("cache", "full") != "full" or options.get("compiled"):
