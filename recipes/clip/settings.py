@@ -33,7 +33,7 @@ class Data:
     Args:
         path: a table (with two or three of picture, caption and sound), folder, .tar shards or emojicross.
         val: the same kinds of source to evaluate on, or none.
-        batch_size: rows of all processes together.
+        batch_size: rows of a step, all processes together.
         per_group: a pass has this many random items of each group, side by side in a batch (none: it has every item).
         workers: processes that read pictures.
         canvas: side in pixels at which pictures wait for augmentation (none: the model's size).
@@ -167,7 +167,8 @@ class AudioTower(Tower):
     """A vision transformer over log-mel spectrograms, its patches averaged.
 
     Args:
-        seconds: of sound that a picture of it shows, 10 ms a row (longer sounds are cut, shorter ones padded)
+        seconds: length of the sound that a spectrogram shows, 10 ms a column (longer sounds are cut, shorter ones
+            padded)
         mels: its columns.
         patch: a side, of both.
     """
@@ -186,7 +187,7 @@ class Shape:
 
     Args:
         scale: the first factor on cosines (none: 1 / 0.07, for a siglip loss 10 with an offset of -10).
-        image_backbone: what takes the place of `image`: any of timm's models by its name, with new weights, or a
+        image_backbone: takes the place of `image`: any of timm's models by its name, with new weights, or a
             checkpoint (directory or owner/model) of a ViT or CLIP, whose image tower and preprocessing are taken and
             get a new projection (`lock.image: 0` trains that and the final norm alone).
         audio: a third tower, for sounds (none: there is none).
@@ -212,12 +213,12 @@ class Loss:
         kind: softmax over the batch (CLIP), or a sigmoid of every pair (siglip), which trains an offset of the logits
             too.
         smoothing: the share of a softmax's target that is spread over the whole batch.
-        positives: what is right for a row: its own pair alone, or all rows of its group, which are those with an
+        positives: the right answers of a row: its own pair alone, or all rows of its group, which are those with an
             equal `group` in the table or, where it has none, equal captions. Equal captions in a batch are counted
             where they are not positives.
         matryoshka: numbers of leading dimensions that should serve alone too; the loss is the mean over them and all.
-        chunk: rows that go through the towers at a time, at the memory of so many and the gradient of the whole batch
-            (GradCache; none: all of a process's rows).
+        chunk: rows that go through the towers at a time, with the memory of that many and the gradient of the whole
+            batch (GradCache; none: all of a process's rows).
     """
 
     kind: Literal["softmax", "siglip"] = "softmax"

@@ -19,8 +19,8 @@ class SoundData:
         val: folders to evaluate on (none: a share of the files of `path`).
         holdout: the share of the files that is held out for evaluation where there is no `val`.
         seconds: length of a training row.
-        batch_size: rows of all processes together.
-        gain: rows are made louder or softer by up to so many dB.
+        batch_size: rows of a step, all processes together.
+        gain: rows are made louder or softer by up to this many dB.
         lowpass: the probability that a row loses what lies above a random frequency, from 3.4 kHz on, in what the
             codec hears and in what it should give back alike; sounds of a lower rate than the codec's have lost it
             already.
@@ -60,10 +60,10 @@ class CodecShape:
         rate: in Hz.
         filters: channels of the convolutions at that rate, doubled at every stride.
         ratios: the decoder's strides in order.
-        width: of the transformers on either side.
-        depth: of the transformers on either side.
-        heads: of the transformers on either side.
-        hidden: of the transformers on either side.
+        width: width of the transformers on either side.
+        depth: layers of the transformers on either side.
+        heads: heads of the transformers on either side.
+        hidden: hidden width of the MLPs of the transformers on either side.
         window: steps that they see, of which there are `stride` in a frame. codebooks, the first of them semantic, of
             `size` entries of `dim` numbers.
     """
@@ -90,8 +90,8 @@ class CodecLoss:
         mel: the distance of log-mel spectrograms at several resolutions; 0 trains by the discriminators alone, as the
             published codec was.
         commit: the distance of vectors to their entries.
-        adversarial: of what the discriminators say of the output (0: there are none)
-        features: of what they see in it and in the original.
+        adversarial: weight of the discriminators' judgement of the output (0: there are none)
+        features: weight of the distance between the discriminators' features of the output and of the original.
         adversarial_from: the step at which these two begin.
         teacher: a speech encoder whose hearing the semantic codebook should hold: a Whisper (directory, hub name, or
             OpenAI's .pt file) or a HuBERT directory (none: no such term).
@@ -111,7 +111,7 @@ class CodecLoss:
             if getattr(self, name) < 0:
                 raise InputError(f"loss.{name} must not be negative, not {getattr(self, name)}")
         if not self.mel and not self.adversarial:
-            raise InputError("loss.mel and loss.adversarial are both 0: nothing says what the output should be")
+            raise InputError("loss.mel and loss.adversarial are both 0: nothing measures the output")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -149,8 +149,8 @@ class CodecJob:
     Args:
         out: the directory of the run; the same command continues what is there.
         model: a Mimi (directory, hub name, Kyutai's file, or codec_small) to go on from, instead of a new `shape`.
-        decoder_only: what makes codes stays as it is, and with it every code; the decoder learns to say them better.
-        books: how the codebooks learn.
+        decoder_only: train the decoder alone; the encoder stays as it is, and with it every code.
+        books: settings of the codebooks' learning.
         critics: the discriminators.
     """
 

@@ -15,13 +15,14 @@ class DuplexData:
     """Conversations with the time of every word.
 
     Args:
-        path: a .jsonl file with a conversation a line: `path`, a stereo sound file (left speaks, right is heard), or
-            `own` and `heard`, two .mimi files; `alignments`, a .json file (none: that beside the sound) which holds a
-            list `alignments` of [word, [start, end], speaker] in seconds, where SPEAKER_MAIN speaks; `conditions`,
-            words by name, for a model that is told any. Paths are from that file's folder.
+        path: a .jsonl file with a conversation a line: `path`, a stereo sound file (the left channel speaks, the
+            right one is the user), or `own` and `heard`, two .mimi files; `alignments`, a .json file (none: that
+            beside the sound) which holds a list `alignments` of [word, [start, end], speaker] in seconds, where
+            SPEAKER_MAIN speaks; `conditions`, words by name, for a model with conditions. Paths are from that file's
+            folder.
         val: another such file, to evaluate on.
-        drill: another such file, all that is trained on at first.
-        drill_steps: for how many steps.
+        drill: another such file, which alone is trained on at first.
+        drill_steps: steps in which `drill` is trained on.
         holdout: the share of the conversations that is held out where there is no `val`.
         codec: a Mimi to encode sound files with, a directory, a hub name or codec_small.
         cache: the folder that keeps their codes (none: one in the run's directory).
@@ -29,7 +30,7 @@ class DuplexData:
         late: whether a word that is still being written when the next one begins is dropped, or shifts it.
         drop: the share of the codes that the model hears which is hidden from it in training, others in every pass.
         length: frames of a row.
-        batch_size: rows of all processes together.
+        batch_size: rows of a step, all processes together.
         workers: processes that encode sound files, and that make batches.
     """
 
@@ -65,17 +66,17 @@ class DuplexShape:
     Args:
         own: codebooks of the model's voice and of the other one, where the data hold as many.
         heard: codebooks of the model's voice and of the other one, where the data hold as many.
-        width: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
-        depth: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
-        heads: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
-        kv_heads: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
-        mlp: of the temporal stack, mlp the ratio of a gated MLP's hidden to model width.
+        width: width of the temporal stack.
+        depth: layers of the temporal stack.
+        heads: query heads of the temporal stack.
+        kv_heads: key and value heads of the temporal stack (none: as many as heads).
+        mlp: ratio of the hidden width of the temporal stack's gated MLPs to its width.
         context: frames that it sees.
-        deep_width: of the depth transformer.
-        deep_depth: of the depth transformer.
-        deep_heads: of the depth transformer.
-        sets: how many sets of weights its steps have, the last of which the later steps share (none: one each).
-        rank: of its embeddings' tables (none: as wide as it is).
+        deep_width: width of the depth transformer.
+        deep_depth: layers of the depth transformer.
+        deep_heads: heads of the depth transformer.
+        sets: sets of weights that the steps of the depth transformer have; later steps share the last (none: one each).
+        rank: width of its embedding tables before a projection (none: its own width).
         delay: in frames, of all codebooks but a voice's first.
         hears: what its tables of heard codes are made of in training, a learned projection of the codec's own
             vectors, or rows of their own for codes.
@@ -109,11 +110,11 @@ class DuplexShape:
 
 @dataclass(frozen=True, kw_only=True)
 class DuplexLoss:
-    """Cross-entropy of the text plus that of the codes, each a weighted mean over what the model itself says.
+    """Cross-entropy of the text plus that of the codes, each a weighted mean over the model's own streams.
 
     Args:
-        first_codebook: what a code of the first codebook counts for, the others count 1.
-        text_padding: what padding of the text counts for, words count 1.
+        first_codebook: weight of a code of the first codebook; the others have weight 1.
+        text_padding: weight of the padding of the text; words have weight 1.
         depth: the share of the frames, others in every step, whose codes count and from which the depth transformer
             learns; the text counts in all. Less than 1 costs less (Schalkwyk et al., 2025, CSM).
         still: how likely such a frame is one in which the model's first code stays the same for the third time, as in
@@ -148,7 +149,7 @@ class DuplexExport(Export):
     """The model directory written at the end.
 
     Args:
-        dtype: of its weights.
+        dtype: the type of its weights.
         temp: the temperatures of codes and text which its config tells to speak with, 0 takes the likeliest (none:
             what the config of `model` says, else the usual ones).
         temp_text: the temperatures of codes and text which its config tells to speak with, 0 takes the likeliest

@@ -18,7 +18,7 @@ class CorpusData:
         path: a .txt, .md, .jsonl, .csv, .tsv or .parquet file, plain or .gz, a folder of such, or wikitext-2 or
             chitchat, which come with an installed package. JSONL lines and table rows hold a text, or a conversation
             as messages of role and content.
-        split: what a document of a .txt or .md file is: the file, the lines between two blank ones, or a line;
+        split: the documents of a .txt or .md file: the file, the lines between two blank ones, or a line;
             <|endoftext|> ends a document in any case.
     """
 
@@ -34,12 +34,12 @@ class LmData(CorpusData):
         val: another source, to evaluate on (none: what is held out; of wikitext-2 its own validation part).
         holdout: the share of the tokens that is held out for evaluation where there is no `val`.
         length: tokens of a row.
-        batch_size: rows of all processes together.
+        batch_size: rows of a step, all processes together.
         tokenizer: a directory with the tokenizer to use (none: the model's own or, for a new model, one that is
             trained on the corpus).
         vocab: the entries of that trained tokenizer.
-        answers: of conversations, only what the assistant says is learned.
-        share: of the tokens that are hidden to be predicted, by the objectives that hide some.
+        answers: learn only the assistant's messages of conversations.
+        share: share of the tokens that are hidden to be predicted, by the objectives that hide some.
         span: the mean number of tokens that span corruption hides together.
         cache: the folder that keeps the texts as tokens (none: one in the run's directory).
         workers: processes that make batches.
@@ -79,7 +79,7 @@ class TokenizerJob:
         vocab: entries, with the 256 bytes and the special tokens.
         chat: add a chat template and its tokens (none: if the corpus holds conversations).
         mask: add <mask>, for masked language models.
-        sentinels: how many <extra_id_0>, <extra_id_1>, ... to add, for span corruption.
+        sentinels: tokens <extra_id_0>, <extra_id_1>, ... to add, for span corruption.
     """
 
     data: CorpusData
@@ -117,11 +117,11 @@ class LmShape:
 
     Args:
         mlp: the ratio of hidden to model width of the gated MLP, rounded up to a multiple of 32 channels.
-        kv_heads: of grouped-query attention (none: as many as heads).
+        kv_heads: key and value heads of grouped-query attention (none: as many as heads).
         context: in tokens (none: data.length).
         tied: whether the table of token embeddings scores the vocabulary too.
-        theta: of the rotary positions.
-        experts: of a decoder, in place of its MLPs (none: there are none).
+        theta: base of the rotary positions.
+        experts: mixtures of experts in place of a decoder's MLPs (none: there are none).
     """
 
     width: int = 256
@@ -148,9 +148,9 @@ class LmLoss:
     """Cross-entropy over the vocabulary.
 
     Args:
-        z_loss: what the mean square of log Z counts for (PaLM: 1e-4).
-        rows: positions whose logits exist at a time (none: so many that they take 16 MiB).
-        balance: of mixtures of experts, what the mean over layers of the balance loss counts for (Switch, 2021).
+        z_loss: weight of the mean square of log Z (PaLM: 1e-4).
+        rows: positions whose logits exist at a time (none: as many as take 16 MiB).
+        balance: weight of the balance loss of mixtures of experts, the mean over layers (Switch, 2021).
         router_z_loss: and of the mean square of log Z of the router (ST-MoE, 2022).
     """
 
@@ -170,8 +170,8 @@ class LmOptim(Optim):
 
     Args:
         kind: `muon` orthogonalises their momentum (Jordan, 2024) at the learning rate of AdamW (Liu et al., 2025).
-        momentum: of Muon.
-        correction: how far a step moves the corrections of experts that are chosen too seldom or too often
+        momentum: Muon's momentum.
+        correction: the amount by which a step moves the corrections of experts that are chosen too seldom or too often
             (DeepSeek-V3).
     """
 
@@ -197,7 +197,7 @@ class LmJob:
         checkpointing: recompute every n-th block in the backward pass instead of keeping its activations (0: none).
         compile: the blocks, by torch.compile.
         shard: spread weights, gradients and optimizer state over the devices (FSDP2) instead of a copy on each (DDP).
-        tensor: how many devices split every layer between them (tensor parallelism); above 1, the rest is spread.
+        tensor: devices that split every layer between them (tensor parallelism); above 1, the rest is spread.
     """
 
     data: LmData

@@ -48,7 +48,7 @@ class ClassAugment:
             evaluation).
         flip: the probability of a mirror image.
         policy: an AutoAugment, RandAugment or AugMix string (empty: none).
-        jitter: of brightness, contrast and saturation, where there is no policy.
+        jitter: strength of the change of brightness, contrast and saturation, where there is no policy.
         erase: the probability that a random box is erased.
         mixup: their alphas (0: off)
         cutmix: their alphas (0: off)

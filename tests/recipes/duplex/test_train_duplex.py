@@ -290,7 +290,7 @@ def test_every_option_says_what_it_is(capsys):
         main(["train", "duplex", "--help"])
     said = " ".join(capsys.readouterr().out.split())
     assert re.findall(r"(--[\w.]+) \S+ \(type", said) == [] and "(*, " not in said
-    assert "--shape.heads HEADS of the temporal stack, mlp the ratio" in said  # one of several that share a sentence
+    assert "--shape.heads HEADS query heads of the temporal stack." in said  # one of several that share a sentence
     assert "--optim.beta1 BETA1 AdamW's decay of the mean of gradients." in said  # of the class that it inherits from
 
 
