@@ -48,8 +48,8 @@ TEXT_FILES = ("*.json", "*.txt", "*.model", "*.jinja", "README.md")
 # -------------------------------------------------------------------------------------------- names
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """How a repository of the hub is asked for: a branch, tag or commit; a token; where its files are kept; whether
-    only files that are already there count."""
+    """Options of a hub repository: a branch, tag or commit; a token; the folder of its files; whether only files that
+    are already there count."""
 
     revision: str | None = None
     token: str | bool | None = None
@@ -57,13 +57,14 @@ class Hub:
     local_files_only: bool = False
 
     def options(self) -> dict[str, Any]:
-        """The arguments of `snapshot_download` that say more than its defaults."""
+        """Returns the arguments of `snapshot_download` that differ from its defaults."""
         return {name: value for name, value in vars(self).items() if value}
 
 
 def resolve(name: str | Path, weights: Sequence[str] = (CONFIG,), hub: Hub | None = None) -> Path:
-    """The directory or file behind a name. Of a hub repository it is the local copy, with its text files and the first
-    kind of `weights` (file patterns, best first) that it has. Raises InputError that says what the name is not."""
+    """Returns the directory or file behind a name. Of a hub repository it is the local copy, with its text files and
+    the first kind of `weights` (file patterns, best first) that it has. Raises InputError for a name that means
+    nothing."""
     path, name = Path(name).expanduser(), str(name)
     if path.exists():
         return path
@@ -77,7 +78,7 @@ def resolve(name: str | Path, weights: Sequence[str] = (CONFIG,), hub: Hub | Non
 
 
 def shipped(name: str) -> Path:
-    """The directory of weights that ship in the package. Raises InputError where this installation lacks them."""
+    """Returns the directory of weights that ship in the package. Raises InputError where they are missing."""
     spec = importlib.util.find_spec(WEIGHTS)
     path = Path(spec.submodule_search_locations[0] if spec else WEIGHTS) / name
     if not (path / "model.safetensors").is_file():
@@ -87,7 +88,7 @@ def shipped(name: str) -> Path:
 
 
 def installed(name: str) -> Path:
-    """The file in an installed distribution that a name stands for. Raises InputError without it."""
+    """Returns the file in an installed distribution that a name stands for. Raises InputError without it."""
     distribution, file = PACKAGED[name]
     found = packaged(distribution, file)
     if found is None:
@@ -96,7 +97,7 @@ def installed(name: str) -> Path:
 
 
 def packaged(distribution: str, ending: str) -> Path | None:
-    """The file of an installed distribution whose path ends so, or None; no code of it is imported."""
+    """Returns the file of an installed distribution whose path ends so, or None; no code of it is imported."""
     try:
         files = importlib.metadata.files(distribution) or []
     except importlib.metadata.PackageNotFoundError:
@@ -124,7 +125,7 @@ def download(name: str, weights: Sequence[str], hub: Hub) -> Path:
 
 
 def reason_of(error: Exception) -> str:
-    """Why the hub gave nothing, in a few words."""
+    """Describes why the hub gave nothing, in a few words."""
     from huggingface_hub.errors import GatedRepoError, LocalEntryNotFoundError, RepositoryNotFoundError
     if isinstance(error, LocalEntryNotFoundError):
         return "no copy is in the cache, and the hub was not reached"
@@ -159,7 +160,7 @@ class Found:
 
 
 def find(name: str | Path, kinds: Sequence[str] = (), hub: Hub | None = None) -> Found:
-    """What a name means: one of these kinds of model, or any by default. Raises InputError."""
+    """Finds the model behind a name: of one of these kinds, or of any. Raises InputError."""
     place = resolve(name, families_of(kinds[-1]).weights if kinds else (CONFIG,), hub)
     if place.is_file():
         return Found(str(name), kind_of_file(place, kinds), place)
@@ -169,23 +170,23 @@ def find(name: str | Path, kinds: Sequence[str] = (), hub: Hub | None = None) ->
         last, *others = [families_of(one).names[one] for one in reversed(kinds)] or ["known"]
         configs = dict.fromkeys(family.config for one in kinds or FAMILIES for family in families_of(one).each(one))
         raise InputError(f"{place} holds no {last} checkpoint{''.join(f', nor a {one}' for one in others)}: "
-                         f"{folder.told(tuple(configs))}")
+                         f"{folder.describe(tuple(configs))}")
     if not kinds and not Path(name).expanduser().exists() and str(name) not in SHIPPED:
         folder = Folder(resolve(name, families_of(kind).weights, hub), folder.held)
     return Found(str(name), kind, folder)
 
 
 def kind_of(folder: Folder, kinds: Sequence[str] = ()) -> str | None:
-    """The kind of model that a directory holds, of these or of all; None where no family knows it."""
+    """Returns the kind of model that a directory holds, of these or of all; None where no family knows it."""
     kinds = kinds or tuple(FAMILIES)
-    own = folder.json(CONFIG).get("family")  # this package's layout says it
+    own = folder.json(CONFIG).get("family")  # this package's own layout
     if own in kinds:
         return own
     return next((kind for kind in kinds if families_of(kind).find(folder, kind)), None)
 
 
 def kind_of_file(path: Path, kinds: Sequence[str] = ()) -> str:
-    """The kind of a whole model in one file. Raises InputError for a file that is none of these kinds."""
+    """Returns the kind of a whole model in one file. Raises InputError for a file that is none of these kinds."""
     for kind in kinds:
         if (kind, path.suffix) in families_of(kind).files:
             return kind

@@ -20,7 +20,7 @@ FEW = 2  # reasons that one error gives
 
 @dataclass(frozen=True)
 class Extras:
-    """What a model's directory holds beside weights and config; None or empty where there is none. `generation` is
+    """The contents of a model's directory beside weights and config; None or empty where there is none. `generation` is
     transformers' generation_config.json."""
 
     preprocess: Any = None
@@ -137,7 +137,7 @@ class Families:
         found = self.find(folder, kind)
         if found is None:
             configs = {family.config: None for family in self.each(kind)}
-            raise InputError(f"{folder} holds no {self.names[kind]} checkpoint: {folder.told(tuple(configs))}")
+            raise InputError(f"{folder} holds no {self.names[kind]} checkpoint: {folder.describe(tuple(configs))}")
         return found
 
     def open(self, place: Folder | Path, kind: str, allow_pickle: bool = False, family: Family | None = None) -> Opened:
@@ -212,8 +212,8 @@ class Keys:
         """Raises InputError for keys nobody took, unless they are known to be harmless or switched off."""
         left = {name: value for name, value in self.left.items() if value and name not in set(harmless)}
         if left:
-            told = ", ".join(f"{name}={value!r}" for name, value in left.items())
-            raise InputError(f"{self.where} asks for something that is not supported: {told}")
+            listed = ", ".join(f"{name}={value!r}" for name, value in left.items())
+            raise InputError(f"{self.where} asks for something that is not supported: {listed}")
 
 
 def ensure_kept(settings: Any, read_back: Any, layout: str, essence: Callable[[Any], Any] | None = None) -> None:
@@ -238,7 +238,7 @@ def plain(value: Any, inner: Callable[[Any], Any] | None = None,
 
 
 def difference(ours: Any, theirs: Any, path: str = "") -> str | None:
-    """Where two pieces of spec data first differ, in words."""
+    """Describes where two pieces of spec data first differ, None where they are equal."""
     if isinstance(ours, dict) and isinstance(theirs, dict) and ours.get("is") == theirs.get("is"):
         names = [*ours, *(name for name in theirs if name not in ours)]
         found = (difference(ours.get(n), theirs.get(n), f"{path}.{n}" if path else n) for n in names)

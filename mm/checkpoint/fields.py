@@ -22,7 +22,7 @@ KINDS = {float: (int, float)}
 
 
 class Values(dict[str, Any]):
-    """What was read so far, by place: `mixer.heads` is the field `heads` of the part `mixer`."""
+    """The values that were read so far, by place: `mixer.heads` is the field `heads` of the part `mixer`."""
 
     def fields(self, part: str) -> dict[str, Any]:
         return {place.partition(".")[2]: value for place, value in self.items() if place.startswith(part + ".")}
@@ -92,8 +92,8 @@ def pair(key: str, read: Callable[[Keys, Values], Mapping[str, Any] | None],
 
 
 def always(**given: Any) -> Entry:
-    """What a family's models have without a key for it: values by place, with __ for the dot; a value may be a function
-    of those read before."""
+    """Sets values that a family has without a key: by place, with __ for the dot; a value may be a function of those
+    read before."""
     places = {place.replace("__", "."): value for place, value in given.items()}
 
     def read(keys: Keys, values: Values) -> None:

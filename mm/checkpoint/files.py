@@ -48,8 +48,8 @@ class Folder(os.PathLike):
             self.held[name] = read_json(self.path / name) if (self.path / name).is_file() else {}
         return self.held[name]
 
-    def told(self, names: Sequence[str]) -> str:
-        """What these configs call the model that they are of, for messages."""
+    def describe(self, names: Sequence[str]) -> str:
+        """Names the kinds of model that these configs are of, for messages."""
         seen = []
         for name in (name for name in names if (self.path / name).is_file()):
             config = self.json(name)
@@ -208,7 +208,7 @@ def load(build: Callable[[], M], weights: Weights, table: Table = IDENTITY, *, d
 
 
 def finite(value: Tensor) -> bool:
-    """Whether no value is NaN or infinite; a finite sum says so at the speed of reading."""
+    """Returns whether no value is NaN or infinite; a finite sum shows it at the speed of reading."""
     return bool(torch.isfinite(value.sum(dtype=torch.float32))) or bool(torch.isfinite(value).all())
 
 

@@ -1,5 +1,5 @@
-"""What checkpoints of transformers share: a `Kind` is one class of it, as the list of its config's fields and the table
-of its weights; activations, keys without an effect, heads, rotary settings."""
+"""Checkpoints of transformers: a `Kind` is one class of it, as the list of its config's fields and the table of its
+weights; activations, keys without an effect, heads and rotary settings are shared."""
 
 from __future__ import annotations
 
@@ -159,11 +159,12 @@ class Kind:
     ignored: Mapping[str, str] = default(default_factory=dict)
 
     def build(self, v: Values) -> Any:
-        """The spec that the values of a config describe."""
+        """Returns the spec that the values of a config describe."""
         raise NotImplementedError
 
     def pieces(self, spec: Any) -> Pieces:
-        """Where the fields take what they write. Raises InputError for a model that the class does not know."""
+        """Returns the pieces of a spec that the fields are written from. Raises InputError for a model that the class
+        does not know."""
         raise NotImplementedError
 
     def to_spec(self, config: Mapping[str, Any], where: str) -> Any:
@@ -184,7 +185,7 @@ class Kind:
         ensure_kept(spec, read_back, f"hf ({self.model_type})")
 
     def experts(self, spec: Any) -> int:
-        """How many experts the rows of a table stand for."""
+        """Returns how many experts the rows of a table stand for."""
         return 0
 
     def table(self, spec: Any, names: Iterable[str] = ()) -> Table:
@@ -198,7 +199,7 @@ class Kind:
 
 
 def below(names: Sequence[str], prefix: str) -> Callable[[str], str]:
-    """How names under a prefix are called in a file with these names, whose class may be the model alone. Tables that
-    are written have the prefix."""
+    """Returns how names under a prefix are called in a file with these names, whose class may be the model alone.
+    Tables that are written have the prefix."""
     under = not names or any(name.startswith(prefix) for name in names)
     return lambda name: name if under else name.removeprefix(prefix)

@@ -1,4 +1,4 @@
-"""What every model with files on disk shares: reading them, writing them, a card, a fingerprint; and `load`."""
+"""The base of every model with files on disk: reading them, writing them, a card, a fingerprint; and `load`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from mm.tokenizer.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a model was read: its name, its directory or file, the layout."""
+    """The files that a model was read from: its name, its directory or file, the layout."""
 
     name: str
     path: Path
@@ -73,7 +73,7 @@ class Pretrained(nn.Module):
     @classmethod
     def build(cls, found: Found, dtype: torch.dtype | None, device: torch.device | str | None,
               allow_pickle: bool) -> Self:
-        """The model of files that were found. Raises InputError."""
+        """Builds the model of files that were found. Raises InputError."""
         opened = found.open(allow_pickle)
         model = checkpoint.load(lambda: cls(opened.spec), opened.weights, opened.table, dtype=dtype, device=device)
         model.preprocessing, model.tokenizer = opened.extras.preprocess, opened.extras.tokenizer
@@ -84,7 +84,7 @@ class Pretrained(nn.Module):
         return model.to(device).eval()  # also what no file holds
 
     def check_files(self, where: str) -> None:
-        """Whether what lies beside the weights fits them; raises InputError."""
+        """Raises InputError where the files beside the weights do not fit them."""
 
     def save_pretrained(self, folder: str | Path, layout: str = "mm", *, shard_bytes: int = SHARD_BYTES,
                         card: bool = False, push_to_hub: str | None = None, token: str | None = None,
@@ -111,10 +111,10 @@ class Pretrained(nn.Module):
             upload(folder, push_to_hub, token, private)
 
     def write_beside(self, folder: Path, layout: str) -> None:
-        """What a kind of model has in its directory beside what all have."""
+        """Writes files that only this kind of model has."""
 
     def card(self, layout: str, title: str) -> str:
-        """The text of a card for the model, in a layout."""
+        """Returns the text of a card for the model, in a layout."""
         return model_card(self, type(self).__name__, layout, title, license_of(self.origin and self.origin.folder))
 
     def fingerprint(self) -> str:

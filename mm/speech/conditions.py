@@ -1,4 +1,4 @@
-"""What a duplex model is told beside its streams: words of a list and sequences of vectors."""
+"""Conditions of a duplex model beside its streams: words of a list, and sequences of vectors."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ register(Conditioned)
 
 
 class ChoiceOf(nn.Module):
-    """One word or None a row -> (B, 1, D)."""
+    """Embeds one word or None per row -> (B, 1, D)."""
 
     float32 = ("table", "absent", "out.weight")
 
@@ -50,7 +50,7 @@ class ChoiceOf(nn.Module):
             nn.init.normal_(self.absent, std=0.2)
 
     def index(self, word: str | None) -> int:
-        """A row of the table. Raises InputError for a word that is not in the list."""
+        """Returns the row of a word in the table. Raises InputError for a word that is not in the list."""
         s = self.settings
         if word is None:
             return s.bins
@@ -67,8 +67,7 @@ class ChoiceOf(nn.Module):
 
 
 class VectorsOf(nn.Module):
-    """Vectors (S, width) or None a row -> (B, S, D), rows shorter than the longest filled by what stands for
-    absence."""
+    """Projects vectors (S, width) or None per row -> (B, S, D); shorter rows are filled with the vector for absence."""
 
     float32 = ("absent", "out.weight")
 
@@ -98,12 +97,12 @@ class VectorsOf(nn.Module):
 
 
 def absence(x: Tensor, there: Tensor, absent: Tensor | None) -> Tensor:
-    """x (B, S, D) where there (B, S) is true, elsewhere what was learned for absence, or 0."""
+    """Returns x (B, S, D) where there (B, S) is true, elsewhere the learned vector for absence, or 0."""
     return torch.where(there.unsqueeze(-1), x, 0 if absent is None else absent)
 
 
 class Conditions(nn.Module):
-    """Values by name -> `Conditioned`."""
+    """Reads values by name -> `Conditioned`."""
 
     def __init__(self, settings: spec.Conditioning, dim: int):
         super().__init__()
@@ -112,7 +111,7 @@ class Conditions(nn.Module):
         self.of = nn.ModuleDict({one.name: kinds[type(one.of)](one.name, one.of, dim) for one in settings.conditions})
 
     def forward(self, values: Mapping[str, Value], batch: int) -> Conditioned:
-        """Every value holds `batch` rows; None, or a name left out, says that a row has none. Raises InputError."""
+        """Embeds values of `batch` rows each; None or a name left out is a row without one. Raises InputError."""
         unknown = [name for name in values if name not in self.of]
         if unknown:
             raise InputError(f"there is no condition {unknown[0]!r}, only {', '.join(self.of)}")

@@ -60,19 +60,19 @@ class CSM(Pretrained):
                              f"{tuple(codes.shape)}")
 
     def later(self, hidden: Tensor, said: Tensor) -> Tensor:
-        """Logits of the codebooks after the first (B, Q - 1, T, card), of hidden (B, T, D) and the codes said."""
+        """Scores the codebooks after the first (B, Q - 1, T, card) from hidden (B, T, D) and the frames' own codes."""
         flat = said[:, :-1].transpose(1, 2).flatten(0, 1)
         x = torch.cat([hidden.flatten(0, 1).unsqueeze(0), self.codes.each(flat)])
         deep = self.depth(self.depth_input(x))[1:]
         return self.depth_head(deep).unflatten(1, hidden.shape[:2]).transpose(0, 1)
 
     def init_state(self, batch: int, *, length: int | None = None, chunk: int = 1) -> StackState:
-        """An empty stream for `batch` rows of up to `length` frames (default: the context)."""
+        """Makes an empty stream for `batch` rows of up to `length` frames (default: the context)."""
         return self.stack.init_state(batch, length=length or self.spec.context, chunk=chunk)
 
     @torch.no_grad()
     def step(self, codes: Tensor, state: StackState, sampling: Controls, *, rows: Tensor | None = None) -> Tensor:
-        """Frames (B, 1 + Q, T) that come next -> the codes (B, Q) of the frame after them."""
+        """Reads frames (B, 1 + Q, T) -> the codes (B, Q) of the frame after them."""
         at = state.offset + codes.shape[2]
         hidden = self.hidden(codes, state=state, rows=rows)[:, -1]
         found = [choose(self.head(hidden), sampling, at * self.count)]
@@ -85,8 +85,8 @@ class CSM(Pretrained):
         return torch.stack(found, 1)
 
     def generate(self, codes: Tensor, sampling: Sampling = GREEDY) -> Iterator[Tensor]:
-        """Frames (B, Q), one after the other, that follow codes (B, 1 + Q, T); a row ends with a frame of nothing but
-        `spec.end`, after which its frames are that. At most `sampling.max_tokens` frames. Raises InputError on wrong
+        """Yields frames (B, Q) that follow codes (B, 1 + Q, T), one after the other. A row ends with a frame of
+        `spec.end` in all codebooks, and stays there. At most `sampling.max_tokens` frames. Raises InputError on wrong
         shapes and for more frames than the context."""
         self.check(codes)
         if codes.shape[2] > self.spec.context:

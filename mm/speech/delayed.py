@@ -1,9 +1,8 @@
 """Speech to text and text to speech by streams that run behind each other (Delayed Streams Modeling, Kyutai, 2025).
 
-A model without a voice of its own writes down what it hears some frames later. A model that hears nothing says a text:
-each time it writes the token for a new word, the next word of a script is put into its text stream, and its voice
-follows some frames later.
-"""
+A model without a voice of its own writes the other side's words some frames later. A model without an input speaks a
+text: each time it writes the token for a new word, the next word of a script is put into its text stream, and its voice
+follows some frames later."""
 
 from __future__ import annotations
 
@@ -26,17 +25,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Word:
-    """A word: its tokens, and the frame in which it begins, counted from the first that the session was given."""
+    """A transcribed word: its tokens, and the frame in which it begins, counted from the session's first."""
 
     frame: int
     tokens: list[int]
 
 
 def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | None = None) -> list[list[Word]]:
-    """codes (B, Q, T), which should end with `delay` frames of silence, for those in which the last words are written
-    -> the words of each row, or those of the next frames of sessions that go on. Raises InputError on wrong shapes."""
+    """Transcribes codes (B, Q, T) -> the words of each row. The codes should end with `delay` frames of silence, in
+    which the last words are written; with a state, the words of the next frames of sessions that go on. Raises
+    InputError on wrong shapes and for a model with a voice of its own."""
     if model.spec.own:
-        raise InputError(f"a model that says {model.spec.own} codebooks of its own is none for speech to text")
+        raise InputError(f"a model with {model.spec.own} codebooks of its own is none for speech to text")
     if codes.ndim != 3:
         raise InputError(f"codes should be (B, {model.spec.heard}, T), not {tuple(codes.shape)}")
     state = model.init_state(len(codes)) if state is None else state
@@ -55,12 +55,12 @@ def transcribe(model: DuplexLM, codes: Tensor, delay: int, state: DuplexState | 
 
 
 class Script:
-    """Words (the tokens of each, or a number: a pause of so many frames) on their way into the text of one session.
+    """Words for the text stream of one session.
 
-    ahead: so many words before its turn a word is read in the second text stream. padding: the most tokens of it that
-    the model may write before the next word; first: those before the first one. `ended` is the step in which the
-    model asked for a word after the last, None until then. Raises InputError for tokens outside the vocabulary.
-    """
+    words: the tokens of each, or a number, a pause in frames. ahead: how many words earlier a word is read in the
+    second text stream. padding: the most padding tokens that the model may write before the next word; first: those
+    before the first one. `ended` is the step in which the model asked for a word after the last, None until then.
+    Raises InputError for tokens outside the vocabulary."""
 
     def __init__(self, words: Sequence[Sequence[int] | int], text: TextStream, *, ahead: int = 0, padding: int = 8,
                  first: int = 2):
@@ -76,7 +76,7 @@ class Script:
         self.ended: int | None = None
 
     def next(self, step: int, token: int) -> int:
-        """What is written in a step for which the model chose `token`."""
+        """Returns the token to write in a step for which the model chose `token`."""
         asked = token == self.text.word_end or self.left <= 0
         begins = not self.now and self.forced <= 0 and asked and self.take(step)
         if not begins:
@@ -92,11 +92,11 @@ class Script:
         return (second + 1) * (self.text.vocab + 1) + first
 
     def take(self, step: int) -> bool:
-        """Goes on to the next word; whether the model is told of one."""
+        """Goes on to the next word; returns whether the model is to be notified of one."""
         if not self.words:
-            told = bool(self.ahead) and self.ended is None
+            announced = bool(self.ahead) and self.ended is None
             self.ended = step if self.ended is None else self.ended
-            return told
+            return announced
         word = self.words.popleft()
         if isinstance(word, int):
             self.forced = word
@@ -111,9 +111,9 @@ class Script:
 
 def speak(model: DuplexLM, scripts: Sequence[Script], state: DuplexState, delay: int, *, silence: int = 4,
           most: int = 3000) -> Iterator[Frame]:
-    """Steps of one session a script, until `silence` frames after all voices have said their last; frames whose
-    `tokens` hold codes carry sound from step `delay` on. delay: in frames, of the voice behind its text.
-    At most `most` steps. Raises InputError for a model that hears somebody."""
+    """Yields the steps of one session per script, until `silence` frames after the last voice has ended; frames whose
+    `tokens` hold codes carry sound from step `delay` on. delay: of the voice behind its text, in frames. At most `most`
+    steps. Raises InputError for a model that has an input."""
     s = model.spec
     if s.heard or not s.own or len(scripts) * state.twice != len(state.offset):
         raise InputError("a text is said by a model that hears nothing, with one session a script")

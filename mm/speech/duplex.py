@@ -76,7 +76,7 @@ class DuplexLM(Pretrained):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """Projections of the heads begin with a std of D^-0.5, as the rest by its own rules."""
+        """Draws the heads' projections with a std of D^-0.5; the other parts have rules of their own."""
         for part in (self.head, *self.extra):
             nn.init.normal_(part.weight, std=part.weight.shape[1] ** -0.5)
 
@@ -86,7 +86,7 @@ class DuplexLM(Pretrained):
         return (self.spec.text.vocab, *[self.spec.card] * self.spec.codebooks)
 
     def condition(self, values: Mapping[str, Value] | None = None, batch: int = 1) -> Conditioned:
-        """Values by name, one a row, as `forward` and `init_state` take them. Raises InputError."""
+        """Reads values by name, one per row, for `forward`. Raises InputError."""
         if self.conditions is None:
             if values:
                 raise InputError(f"this model knows no conditions, not {next(iter(values))!r}")
@@ -94,7 +94,7 @@ class DuplexLM(Pretrained):
         return self.conditions(values or {}, batch)
 
     def frames(self, codes: Tensor, documents: Tensor | None = None) -> Frames:
-        """Inputs and targets step by step; documents (B, T): ids of packed conversations, -1 for padding."""
+        """Returns inputs and targets step by step. documents (B, T): ids of packed conversations, -1 for padding."""
         later = tuple(delay + 1 for delay in self.spec.delays)
         inputs, _ = delayed(codes, later, self.initial, documents)
         targets, known = delayed(codes, self.spec.delays, self.initial, documents)
@@ -119,7 +119,7 @@ class DuplexLM(Pretrained):
         return Logits(text[0], audio if there is None else audio.masked_fill(~there.unsqueeze(-1), torch.nan))
 
     def embed(self, inputs: Tensor) -> Tensor:
-        """inputs (B, 1 + Q, T) -> (B, T, D)."""
+        """Embeds inputs (B, 1 + Q, T) -> (B, T, D)."""
         text, end = inputs[:, 0], self.spec.text.end
         text = text if end is None else text.masked_fill(text == end, self.spec.text.padding)
         return self.codes(inputs[:, 1:]) + self.text(text)
@@ -127,8 +127,8 @@ class DuplexLM(Pretrained):
     def hidden(self, inputs: Tensor, conditions: Conditioned | None = None, *, documents: Tensor | None = None,
                state: StackState | None = None, rows: Tensor | None = None,
                memory: Tensor | Memory | None = None) -> Tensor:
-        """Streams as they are read, (B, 1 + Q, T) -> (B, T, D) after the final norm. In a stream, `memory` is what
-        cross-attention reads, remembered, and what stands before the frames was read when the state was made."""
+        """Reads streams (B, 1 + Q, T) -> (B, T, D) after the final norm. In a stream, `memory` holds the keys and
+        values of cross-attention, and conditions in front of the frames were read when the state was made."""
         if conditions is None:
             conditions = Conditioned() if self.conditions is None else self.condition(None, len(inputs))
         x, before = self.embed(inputs), 0
@@ -169,8 +169,8 @@ class DuplexLM(Pretrained):
     @torch.no_grad()
     def begin(self, state: DuplexState, conditions: Mapping[str, Value] | None = None,
               rows: Tensor | None = None) -> None:
-        """New sessions in all rows, or in those of rows (B,) bool, with their conditions: values by name, one for each
-        of the B sessions. What cross-attention reads may not be longer than when the state was made."""
+        """Starts new sessions in all rows, or in those of rows (B,) bool, with their conditions: values by name, one
+        for each of the B sessions. The input of cross-attention may not be longer than when the state was made."""
         batch = len(state.offset) // state.twice
         state.reset(state.rows(rows))
         if self.conditions is None and not conditions:

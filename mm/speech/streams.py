@@ -13,8 +13,8 @@ NONE = -1  # a token that is not there: it adds nothing to an input and nothing 
 
 
 def moved(index: Tensor, length: int, documents: Tensor | None) -> tuple[Tensor, Tensor]:
-    """index (S, T) of frames -> (index within the sequence, whether that frame is there and of the same document
-    (B or 1, S, T) bool); documents: (B, T)."""
+    """Clamps index (S, T) of frames to the sequence -> (index, whether that frame exists and is of the same document,
+    (B or 1, S, T) bool). documents: (B, T)."""
     inside = index.clamp(0, length - 1)
     there = ((index >= 0) & (index < length)).unsqueeze(0)
     if documents is not None:
@@ -24,8 +24,8 @@ def moved(index: Tensor, length: int, documents: Tensor | None) -> tuple[Tensor,
 
 def delayed(codes: Tensor, delays: tuple[int, ...], initial: tuple[int, ...],
             documents: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    """codes (B, S, T) -> (every stream later by its delay, `initial` before its first token (B, S, T); whether a token
-    is a frame's own (B or 1, S, T) bool). Packed documents (B, T) begin anew each."""
+    """Delays every stream of codes (B, S, T) -> (the streams with `initial` before their first token (B, S, T), whether
+    a token is a frame's own (B or 1, S, T) bool). Packed documents (B, T) begin anew each."""
     frames = torch.arange(codes.shape[2], device=codes.device)
     index, there = moved(frames - constant(delays, codes.device)[:, None], codes.shape[2], documents)
     later = codes.gather(2, index.expand(len(codes), -1, -1))
@@ -33,8 +33,8 @@ def delayed(codes: Tensor, delays: tuple[int, ...], initial: tuple[int, ...],
 
 
 def aligned(x: Tensor, delays: tuple[int, ...], documents: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-    """The inverse for what was made of delayed streams: x (S, B, T, C) -> (x at each frame's own time, whether it is
-    known (B or 1, S, T) bool; None where all is)."""
+    """Undoes the delays of x (S, B, T, C) -> (x at each frame's own time, whether it is known (B or 1, S, T) bool, None
+    where all is)."""
     if not any(delays):
         return x, None
     frames = torch.arange(x.shape[2], device=x.device)
@@ -43,7 +43,7 @@ def aligned(x: Tensor, delays: tuple[int, ...], documents: Tensor | None = None)
 
 
 class CodeTables(nn.Module):
-    """Codes (B, S, T) -> (B, T, D), the sum of one embedding per stream; `NONE` adds nothing."""
+    """Embeds codes (B, S, T) -> (B, T, D), the sum of one embedding per stream; `NONE` adds nothing."""
 
     def __init__(self, streams: int, rows: int, dim: int):
         super().__init__()
@@ -54,7 +54,7 @@ class CodeTables(nn.Module):
         nn.init.normal_(self.weight, std=self.weight.shape[2] ** -0.5)
 
     def rows(self, codes: Tensor) -> Tensor:
-        """Rows of all tables as one: codes (..., S) of the first S streams -> (..., S)."""
+        """Numbers codes (..., S) of the first S streams as rows of all tables together -> (..., S)."""
         first = torch.arange(codes.shape[-1], device=codes.device) * self.weight.shape[1]
         return codes.clamp(min=0) + first
 
@@ -65,16 +65,16 @@ class CodeTables(nn.Module):
         return x.unflatten(0, (codes.shape[0], -1))
 
     def each(self, codes: Tensor) -> Tensor:
-        """Codes (N, S) -> (S, N, D), not summed."""
+        """Embeds codes (N, S) -> (S, N, D), not summed."""
         return F.embedding(self.rows(codes).T, self.weight.flatten(0, 1)) * (codes >= 0).T.unsqueeze(-1)
 
     def one(self, code: Tensor, stream: int) -> Tensor:
-        """Codes (B,) of one stream -> (B, D)."""
+        """Embeds codes (B,) of one stream -> (B, D)."""
         return F.embedding(code.clamp(min=0), self.weight[stream]) * (code >= 0).unsqueeze(-1)
 
 
 class TextTable(nn.Module):
-    """Tokens (...) -> (..., D); `NONE` gives 0. With `rank`, a narrower table before a projection; where a token
+    """Embeds tokens (...) -> (..., D); `NONE` gives 0. With `rank`, a narrower table before a projection; where a token
     carries a second speaker's, each has a projection of its own."""
 
     def __init__(self, settings: spec.TextStream, dim: int, rank: int | None = None):

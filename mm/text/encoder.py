@@ -88,7 +88,7 @@ class TextEncoder(Pretrained):
 
     @property
     def room(self) -> int:
-        """How many tokens of a text the model reads, beside those that its tokenizer puts around it."""
+        """The number of tokens of a text that the model reads, beside those that its tokenizer puts around it."""
         pooling, around = self.spec.pooling, (*self.tokenizer.prefix, *self.tokenizer.suffix)
         return min(self.spec.context, (pooling and pooling.length) or self.spec.context) - len(around)
 

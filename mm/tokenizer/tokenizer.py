@@ -66,7 +66,7 @@ class Tokenizer:
     """Text to ids as a checkpoint wants them.
 
     `clean` is "none" or one of open_clip's cleanings; `prefix` and `suffix` surround every row that `__call__` makes;
-    `settings` is what tokenizer_config.json said.
+    `settings` is the content of tokenizer_config.json.
     """
 
     pieces: Pieces
@@ -160,7 +160,7 @@ class Tokenizer:
         return {name: _name(value) for name, value in self.settings.items() if name.endswith("_token")}
 
     def too_long(self, texts: str | Sequence[str], context: int) -> int:
-        """How many texts `__call__` would cut at this context."""
+        """Counts the texts that `__call__` would cut at this context."""
         room = self._room(context)
         return sum(len(self.encode(text)) > room for text in ([texts] if isinstance(texts, str) else texts))
 
@@ -308,7 +308,8 @@ def _vocabulary_and_merges(vocabulary: dict[str, int], merges: str, settings: Ma
 
 def _surround(folder: Path, pieces: Pieces, settings: Mapping[str, Any], bos: int | None, eos: int | None
               ) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """What goes before and after a text: the configuration's word, then the file's own, then its class's custom."""
+    """Returns the ids before and after a text: as the configuration says, else the file's own, else its class's custom.
+    """
     starts, ends = settings.get("add_bos_token"), settings.get("add_eos_token")
     if starts is None and ends is None:
         if isinstance(pieces, TokenizersFile):
@@ -346,7 +347,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 @contextmanager
 def _reading(path: Path) -> Iterator[None]:
-    """Whatever a parser makes of a broken file becomes one sentence that names it."""
+    """Turns any error of a parser into one sentence that names the file."""
     try:
         yield
     except InputError:

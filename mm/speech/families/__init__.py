@@ -10,12 +10,12 @@ from mm.checkpoint.family import Extras, Families, Opened, own_family
 from mm.checkpoint.files import Folder
 from mm.spec import CSMSpec, DuplexSpec
 
-GENERATION = "generation"  # what Kyutai's configs say of sampling and of speech to and from text
+GENERATION = "generation"  # settings of sampling and of speech to and from text in Kyutai's configs
 
 
 def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
-    told = {name: value for name, value in extras.generation.items() if name.endswith("_config")}
-    return {checkpoint.CONFIG: config | ({GENERATION: told} if told else {})}
+    kept = {name: value for name, value in extras.generation.items() if name.endswith("_config")}
+    return {checkpoint.CONFIG: config | ({GENERATION: kept} if kept else {})}
 
 
 def complete(folder: Folder, opened: Opened) -> Opened:

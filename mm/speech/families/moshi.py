@@ -29,8 +29,7 @@ from mm.spec import (
     Vectors,
     Window,
 )
-from mm.speech.families.moshi_lora import CHANGES, MERGED, with_changes
-from mm.speech.families.moshi_weights import dequantised, table
+from mm.speech.families.moshi_weights import CHANGES, MERGED, dequantised, table, with_changes
 
 NORMS: dict[str, Norm] = {"rms_norm_f32": RMSNorm(eps=1e-8, order="scale_then_cast"),
                           "rms_norm": RMSNorm(eps=1e-5, order="scale_then_cast"),
@@ -99,7 +98,7 @@ def attention_of(keys: Keys, dim: int, heads: int, repeat: int, window: Window, 
 
 
 def gated_width(width: int, dim: int) -> int:
-    """Of a gated MLP from the width that a plain one would have."""
+    """Returns the width of a gated MLP from that of a plain one."""
     return 21 * dim // 8 if width == 4 * dim else 2 * width // 3
 
 
@@ -128,7 +127,7 @@ def temporal(keys: Keys, dim: int, context: int | None) -> Stack:
 
 
 def to_depth(keys: Keys, shared: Mapping[str, Any], own: int) -> Depth:
-    """What a `depformer_` key does not say, the temporal stack's says."""
+    """Reads the depth transformer; where a `depformer_` key is absent, the temporal stack's counts."""
     def take(name: str, kind: Any, default: Any = None) -> Any:
         given = keys.take("depformer_" + name, kind, None) if "depformer_" + name in keys.left else shared.get(name)
         return default if given is None else given
@@ -157,17 +156,18 @@ def to_depth(keys: Keys, shared: Mapping[str, Any], own: int) -> Depth:
 
 
 def to_conditioning(keys: Keys) -> Conditioning | None:
-    told, fuser = keys.take("conditioners", dict, {}), Keys(keys.take("fuser", dict, {}), f"{keys.where}: fuser")
+    given, fuser = keys.take("conditioners", dict, {}), Keys(keys.take("fuser", dict, {}), f"{keys.where}: fuser")
     into = {name: way for way in ("sum", "cross", "prepend") for name in fuser.take(way, list, [])}
     positions = fuser.take("cross_attention_pos_emb", bool, False)
     scale = float(fuser.take("cross_attention_pos_emb_scale", (int, float), 1.0))
     fuser.done()
-    if not told:
+    if not given:
         return None
-    if set(told) != set(into):
+    if set(given) != set(into):
         raise InputError(f"{keys.where}: conditioners and fuser name different conditions")
-    conditions = tuple(Condition(name=name, of=to_condition(Keys(told[name], f"{keys.where}: {name}")), into=into[name])
-                       for name in into)
+    conditions = tuple(
+        Condition(name=name, of=to_condition(Keys(given[name], f"{keys.where}: {name}")), into=into[name])
+        for name in into)
     return Conditioning(conditions=conditions, cross_positions=scale if positions else 0.0)
 
 
@@ -234,7 +234,7 @@ def positions(prefix: str, rope: Rope | None) -> dict[str, Any]:
 
 
 def plain_width(mlp: Mlp, dim: int) -> int:
-    """The width that `gated_width` makes the MLP's own."""
+    """Inverts `gated_width`. Raises InputError for a width that no plain MLP gives."""
     if not mlp.gated:
         return mlp.hidden
     width = -(-3 * mlp.hidden // 2)
@@ -245,7 +245,7 @@ def plain_width(mlp: Mlp, dim: int) -> int:
 
 
 def scale_of(width: int, dim: int) -> float:
-    """`int(scale * dim)` is the width, whatever rounding does."""
+    """Returns a scale of which `int(scale * dim)` is the width, whatever rounding does."""
     return next(scale for scale in (width / dim, (width + 0.5) / dim) if int(scale * dim) == width)
 
 
@@ -273,18 +273,18 @@ def depth_config(depth: Depth) -> dict[str, Any]:
 
 
 def conditioning_config(settings: Conditioning) -> dict[str, Any]:
-    told, fuser = {}, {"sum": [], "cross": [], "prepend": []}
+    written, fuser = {}, {"sum": [], "cross": [], "prepend": []}
     for one in settings.conditions:
         fuser[one.into].append(one.name)
         common = {"dim": one.of.dim, "learn_padding": one.of.learned_absence}
         if isinstance(one.of, Choice):
             more = {"possible_values": list(one.of.values)} if one.of.values else {}
-            told[one.name] = {"type": "lut", "lut": common | {"n_bins": one.of.bins, "tokenizer": "noop"} | more}
+            written[one.name] = {"type": "lut", "lut": common | {"n_bins": one.of.bins, "tokenizer": "noop"} | more}
         else:
-            told[one.name] = {"type": "tensor", "tensor": common}
+            written[one.name] = {"type": "tensor", "tensor": common}
     if settings.cross_positions:
         fuser |= {"cross_attention_pos_emb": True, "cross_attention_pos_emb_scale": settings.cross_positions}
-    return {"conditioners": told, "fuser": fuser}
+    return {"conditioners": written, "fuser": fuser}
 
 
 # ----------------------------------------------------------------------------------------- files
@@ -294,8 +294,7 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 
 def complete(folder: Folder, opened: Opened) -> Opened:
-    """int8 weights read as what they stand for, low-rank changes merged; what else the config says is kept for
-    generation."""
+    """Widens int8 weights and merges low-rank changes; the config's settings of generation are kept."""
     config = folder.json(CONFIG)
     weights = dequantised(opened.weights)
     weights = with_changes(folder.path, config, weights) if config.get("lora") else weights
@@ -304,7 +303,7 @@ def complete(folder: Folder, opened: Opened) -> Opened:
 
 
 def read_file(path: Path) -> Opened:
-    """A file on its own: Moshi 7B, as the first files were. Raises InputError for another."""
+    """Reads a file on its own: Moshi 7B, whose first files had no config. Raises InputError for another."""
     weights = dequantised(checkpoint.open_files([path], False))
     if "text_emb.weight" not in weights.shapes:
         raise InputError(f"{path} does not hold a Moshi under Kyutai's names; name the directory of another layout")

@@ -93,7 +93,7 @@ def architecture(name: str, spec: EncoderSpec) -> str:
 
 
 def scores(keys: Keys, v: Values) -> dict[str, Any]:
-    """Whether a config's class scores the vocabulary."""
+    """Reads whether a config's class scores the vocabulary."""
     named = keys.left.get("architectures") or ()
     return {"spec.scores": any(name.endswith(("ForMaskedLM", "ForPreTraining")) for name in named)}
 

@@ -1,5 +1,5 @@
-"""What transformers' text decoders share: the fields of their configs, the names of their weights, and generation
-settings. A `Decoder` is a list of fields and a table of weights, each read in both directions."""
+"""The shared parts of transformers' text decoders: the fields of their configs, the names of their weights, and
+generation settings. A `Decoder` is a list of fields and a table of weights, each read in both directions."""
 
 from __future__ import annotations
 

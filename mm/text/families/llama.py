@@ -84,7 +84,7 @@ PHI_WEIGHTS = WEIGHTS | block({
 
 # ------------------------------------------------------------------------------------- Gemma
 def scalar(scale: float) -> float:
-    """What a scale is the inverse root of: a whole number, if it is nearly one."""
+    """Returns the number that a scale is the inverse root of, whole if it is nearly so."""
     found = scale ** -2
     return round(found) if abs(found - round(found)) < 1e-6 else found
 

@@ -1,4 +1,4 @@
-"""What sentence-transformers puts beside an encoder: which modules follow it, the pooling, the longest text."""
+"""The files of sentence-transformers beside an encoder: its modules, the pooling, the longest text."""
 
 from __future__ import annotations
 

@@ -87,7 +87,7 @@ def files(config: dict[str, Any], extras: Extras) -> dict[str, dict[str, Any]]:
 
 
 def answers(start: int, end: int, pad: int) -> Entry:
-    """What an encoder-decoder's answers begin and end with, and the id of padding."""
+    """The field of the ids that answers begin and end with, and of the id of padding."""
     def read(keys: Keys, v: Values) -> dict[str, Any]:
         first, forced = keys.take("decoder_start_token_id", int, start), keys.take("forced_bos_token_id", int, None)
         return {"spec.start": (first,) if forced is None else (first, forced),
