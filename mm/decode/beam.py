@@ -66,16 +66,14 @@ def beam_search(model: LanguageModel, ids: Tensor | Sequence[Sequence[int]], *, 
     longest = max(map(len, rows))
     for step in range(1, room + 1):
         picks = candidates(logits, searches, beams, keep=max(2, 1 + len(ends)) * beams)
-        origin, token = [], []
-        for i, (search, pick) in enumerate(zip(searches, picks, strict=True)):
-            for source, last in grow(search, pick, beams, step, ends, step == room, length_penalty):
-                origin.append(i * beams + source)
-                token.append(last)
+        grown = [grow(search, pick, beams, step, ends, step == room, length_penalty)
+                 for search, pick in zip(searches, picks, strict=True)]
         if step == room or all(search.done for search in searches):
             break
+        origin = [i * beams + source for i, row in enumerate(grown) for source, _ in row]
+        token = torch.tensor([last for row in grown for _, last in row], device=device)
         state = state.select(torch.tensor(origin, device=device))
-        hidden = model.hidden(torch.tensor(token, device=device)[:, None], state=state, memory=memory,
-                              within=longest + step)
+        hidden = model.hidden(token[:, None], state=state, memory=memory, within=longest + step)
         logits = model.logits(hidden)[:, -1]
     return [search.found[0] for search in searches]
 
