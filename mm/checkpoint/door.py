@@ -191,10 +191,10 @@ def kind_of_file(path: Path, kinds: Sequence[str] = ()) -> str:
         if (kind, path.suffix) in families_of(kind).files:
             return kind
     if kinds:
-        names, files = families_of(kinds[-1]).names, families_of(kinds[-1]).files
-        known = [suffix for held, suffix in files if held == kinds[-1]]
-        hint = f", nor a {names[kinds[-1]]} in one file ({', '.join(known)})" if known else ""
-        raise InputError(f"{path} is not a directory with a checkpoint{hint}")
+        known = {kind: [suffix for held, suffix in families_of(kind).files if held == kind] for kind in kinds}
+        hints = [f", nor a {families_of(kind).names[kind]} in one file ({', '.join(suffixes)})"
+                 for kind, suffixes in known.items() if suffixes]
+        raise InputError(f"{path} is not a directory with a checkpoint{''.join(hints)}")
     if path.suffix == ".safetensors":
         held = open_safetensors(path)[0]
         found = next((kind for name, kind in TENSORS.items() if name in held), None)

@@ -13,7 +13,6 @@ import torch
 from torch import nn
 
 from mm.checkpoint import files as checkpoint
-from mm.checkpoint.card import CARD, license_of, model_card, upload
 from mm.checkpoint.door import Found, Hub, class_of, find
 from mm.checkpoint.family import Extras, Families
 from mm.checkpoint.files import SHARD_BYTES, Folder
@@ -106,16 +105,16 @@ class Pretrained(nn.Module):
         for name, content in files.items():
             checkpoint.write_json(folder / name, content)
         if card or push_to_hub:
-            (folder / CARD).write_text(self.card(layout, push_to_hub or str(folder)), "utf-8")
+            from mm.checkpoint.card import CARD, license_of, model_card, upload
+
+            license = license_of(self.origin and self.origin.folder)
+            title = push_to_hub or str(folder)
+            (folder / CARD).write_text(model_card(self, type(self).__name__, layout, title, license), "utf-8")
         if push_to_hub:
             upload(folder, push_to_hub, token, private)
 
     def write_beside(self, folder: Path, layout: str) -> None:
         """Writes files that only this kind of model has."""
-
-    def card(self, layout: str, title: str) -> str:
-        """Returns the text of a card for the model, in a layout."""
-        return model_card(self, type(self).__name__, layout, title, license_of(self.origin and self.origin.folder))
 
     def fingerprint(self) -> str:
         """Sixteen hex digits of the spec, the preprocessing and every weight: the same after saving and loading."""

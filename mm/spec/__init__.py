@@ -29,3 +29,5 @@ from mm.spec.positions import (
 )
 from mm.spec.seq2seq import Seq2SeqSpec, check_memory
 from mm.spec.stack import Layer, Stack, attention, drop_path_ramp
+
+Sight = Window  # its name in version 0.1

@@ -114,7 +114,7 @@ def load(name: str, quantized: str | None, compiled: bool = False) -> TextDecode
     from mm.checkpoint.pretrained import load as opened
     from mm.lowbit import arrange, quantize
 
-    model = opened(name, float32, kinds=("seq2seq", "decoder"))
+    model = opened(name, float32, kinds=("decoder", "seq2seq"))
     if quantized:
         return quantize(model, quantized)
     if not compiled:

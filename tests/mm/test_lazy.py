@@ -18,6 +18,7 @@ def test_an_old_name_is_the_new_module(old):
 def test_as_the_readme_of_0_1_imports_them():
     code = ("import sys, mm; assert 'torch' not in sys.modules\n"
             "from mm.sampling import Sampling\nfrom mm.speculate import PromptLookup\nfrom mm import transformer\n"
+            "from mm.spec import Sight, Window\nassert Sight is Window\n"
             "from mm.encoders.flex import flex_batch\nassert Sampling is mm.Sampling\n"
             "assert transformer.Transformer is mm.Transformer\n")
     subprocess.run([sys.executable, "-c", code], check=True)
