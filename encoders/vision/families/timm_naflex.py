@@ -4,44 +4,47 @@ name. Follows timm 1.0.31."""
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any
 
 from torch import nn
 
 from mm.checkpoint.family import Extras
-from mm.checkpoint.files import Folder
-from mm.checkpoint.tables import Rule, Table, reshaped, rule
+from mm.checkpoint.files import CONFIG, Folder
+from mm.checkpoint.tables import Table, reshaped
 from mm.errors import InputError
-from mm.spec import Attention, Layer, LayerNorm, RMSNorm, Rope, Stack
+from mm.spec import Layer, LayerNorm, RMSNorm, Rope
 
 from ...spec import CentredGrid, FactorTable, GridTable, Patches, ProbePool, ViTSpec
 from .. import preprocess_files
 from ..flex import FlexPreprocess
 from . import timm_common, timm_eva, timm_vit
-from .common import BATCHED, flattened
-from .timm_common import timm_family
-from .timm_eva import PER_LAYER, norm_of, pool_rules, ratio, rope_of
-from .timm_vit import ACTS, head_of
+from .common import flattened
+from .timm_common import (
+    ACTS,
+    POOLS,
+    first_layer,
+    head_of,
+    pool_args,
+    size_args,
+    spec_of,
+    table_of,
+    timm_family,
+)
 
 ARCHITECTURE = "naflexvit_base_patch16_siglip"  # without LayerScale, which no argument switches off
 
 
 # ------------------------------------------------------------------------------------- module to spec
 def to_spec(model: nn.Module, where: str) -> ViTSpec:
-    """Dropout of positions and before the head is left out: only timm's own training has it. Raises InputError that
-    names what timm's NaFlexVit can do and this package cannot."""
+    """Raises InputError that names what timm's NaFlexVit can do and this package cannot."""
     refuse(model, where)
     embeds = model.embeds
-    rope, coords = rope_of(model.rope, where)
-    patch = tuple(embeds.patch_size)
-    return ViTSpec(
+    rope, coords = timm_eva.rope_of(model.rope, where)
+    return spec_of(
+        model, lambda block: layer_of(block, rope, where), where, coords=coords, native=True,
         image=image_of(model, where), cls=int(embeds.cls_token is not None), registers=embeds.num_reg_tokens,
-        patches=Patches(size=patch, channels=embeds.in_chans, bias=embeds.proj.bias is not None),
-        positions=positions_of(embeds, where), coords=coords, pre_norm=norm_of(model.norm_pre, where),
-        patch_dropout=model.patch_drop.prob if model.patch_drop else 0.0, head=head_of(model, where), native=True,
-        stack=Stack(dim=model.embed_dim, layers=tuple(layer_of(block, rope, where) for block in model.blocks),
-                    final_norm=norm_of(model.norm, where)))
+        patches=Patches(size=tuple(embeds.patch_size), channels=embeds.in_chans, bias=embeds.proj.bias is not None),
+        positions=positions_of(embeds, where), head=head_of(model, where, POOLS))
 
 
 def refuse(model: nn.Module, where: str) -> None:
@@ -92,45 +95,34 @@ def layer_of(block: nn.Module, rope: Rope | None, where: str) -> Layer:
 
 # -------------------------------------------------------------------------------------------- weights
 def table(spec: ViTSpec, names: Iterable[str]) -> Table:
-    names, width = set(names), spec.stack.dim
+    """Blocks are those of timm's Eva or VisionTransformer."""
     rows, columns = spec.patches.grid(*spec.image)
-    mixed = tuple(f"stack.blocks.{n}.mixer.mixed" for n in range(len(spec.stack.layers)))
-    return Table((
-        rule("embeds.proj.weight", "patchify.weight", flattened(spec.patches)),
-        rule("embeds.proj.bias", "patchify.bias"),
-        rule("embeds.cls_token", "cls", BATCHED), rule("embeds.reg_token", "registers", BATCHED),
-        rule("embeds.pos_embed", "positions.weight", reshaped((rows * columns, width), (1, rows, columns, width))),
-        rule("embeds.pos_embed_y", "positions.rows", BATCHED),
-        rule("embeds.pos_embed_x", "positions.columns", BATCHED),
-        rule("norm_pre.{x}", "pre_norm.{x}"), rule("norm.{x}", "stack.final_norm.{x}"),
-        rule("fc_norm.{x}", "head.norm.{x}"), rule("head.{x}", "head.proj.{x}"),
-        rule("rope.freqs", mixed, PER_LAYER), *block_rules(spec, names), *pool_rules()))
+    width = spec.stack.dim
+    return table_of(spec, names, ROWS | timm_eva.rope_rows(spec), flattened=flattened(spec.patches),
+                    grid=reshaped((rows * columns, width), (1, rows, columns, width)))
 
 
-def block_rules(spec: ViTSpec, names: set[str]) -> list[Rule]:
-    """`names`, those on disk, say which kind of block wrote them: only LayerScale goes by two names."""
-    if any(".ls1." in name for name in names):
-        return timm_vit.block_rules(spec.stack.layers[0])
-    return timm_eva.block_rules(spec, names)
+ROWS = {
+    "embeds.proj.weight": "patchify.weight | flattened", "embeds.proj.bias": "patchify.bias",
+    "embeds.cls_token": "cls | batched", "embeds.reg_token": "registers | batched",
+    "embeds.pos_embed": "positions.weight | grid",
+    "embeds.pos_embed_y": "positions.rows | batched", "embeds.pos_embed_x": "positions.columns | batched"}
 
 
 # ------------------------------------------------------------------------------------- spec to module
 def to_model(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
     """An architecture, and the arguments that replace everything about it. Raises InputError for what timm's NaFlexVit
     has no arguments for."""
-    layer = next(iter(spec.stack.layers), None)
-    if layer is None or layer.mlp is None or not isinstance(layer.mixer, Attention):
-        raise InputError("timm's NaFlexVit holds layers of attention and MLP")
-    args = {**stem_args(spec), **position_args(spec.positions), **rope_args(spec), **pool_args(spec),
-            **layer_args(layer, spec.stack.dim), "swiglu_align_to": int(isinstance(spec.coords, CentredGrid))}
-    return ARCHITECTURE, {name: value for name, value in args.items() if value is not None}
+    layer = first_layer(spec, "NaFlexVit")
+    return ARCHITECTURE, {
+        **stem_args(spec), **position_args(spec.positions), **rope_args(spec), **head_args(spec),
+        **layer_args(layer, spec.stack.dim), "swiglu_align_to": int(isinstance(spec.coords, CentredGrid))}
 
 
 def stem_args(spec: ViTSpec) -> dict[str, Any]:
-    proj, after = spec.head.proj, spec.head.norm is not None
-    return {"img_size": list(spec.image), "patch_size": list(spec.patches.size), "in_chans": spec.patches.channels,
-            "embed_dim": spec.stack.dim, "depth": len(spec.stack.layers), "num_classes": proj.dim if proj else 0,
-            "class_token": spec.cls > 0, "reg_tokens": spec.registers, "pre_norm": spec.pre_norm is not None,
+    after = spec.head.norm is not None
+    return {**size_args(spec), "class_token": spec.cls > 0, "reg_tokens": spec.registers,
+            "pre_norm": spec.pre_norm is not None,
             "final_norm": after or spec.stack.final_norm is not None, "fc_norm": after,
             "pos_embed_grid_size": list(spec.patches.grid(*spec.image))}
 
@@ -173,20 +165,17 @@ def layer_args(layer: Layer, dim: int) -> dict[str, Any]:
                            "act_layer": "gelu" if mlp.gated else ACTS[mlp.act]}
 
 
-def pool_args(spec: ViTSpec) -> dict[str, Any]:
-    pool = spec.head.pool
-    args = timm_vit.pool_args(spec)
-    if isinstance(pool, ProbePool):
-        args |= {"attn_pool_num_heads": pool.heads, "attn_pool_mlp_ratio": ratio(pool.mlp.hidden, spec.stack.dim)}
-    return args
+def head_args(spec: ViTSpec) -> dict[str, Any]:
+    args = timm_vit.head_args(spec)
+    return args | (pool_args(spec, "NaFlexVit", POOLS) if isinstance(spec.head.pool, ProbePool) else {})
 
 
 # -------------------------------------------------------------------------------------- preprocessing
 def preprocess(folder: Folder, spec: ViTSpec) -> FlexPreprocess:
     """As timm's own: as many patches as the picture size of the config has, at most."""
-    path, patch = folder / timm_common.CONFIG, spec.patches.size[0]
+    path, patch = folder / CONFIG, spec.patches.size[0]
     try:
-        given = preprocess_files.from_timm(folder.json(timm_common.CONFIG))
+        given = preprocess_files.from_timm(folder.json(CONFIG))
     except InputError as error:
         raise InputError(f"{path}: {error}") from None
     height, width = given.get("size", spec.image)
@@ -207,4 +196,4 @@ def kind() -> type:
     return NaFlexVit
 
 
-TIMM_NAFLEX = replace(timm_family(kind, to_spec, to_model, table), preprocess=preprocess, files=files)
+TIMM_NAFLEX = timm_family(kind, to_spec, to_model, table, preprocess=preprocess, files=files)

@@ -8,30 +8,26 @@ from typing import Any
 
 from torch import nn
 
-from mm.checkpoint.tables import Rule, Table, rule
+from mm.checkpoint.tables import Table
 from mm.errors import InputError
-from mm.spec import Attention, Layer, LayerNorm, Mlp, QKNorm, Stack
+from mm.spec import Attention, Layer, LayerNorm, QKNorm
 
-from ...spec import (
-    GridTable,
-    Head,
-    MaxPool,
-    MeanMaxPool,
-    MeanPool,
-    Patches,
-    Pool,
-    PrefixPool,
-    ProbePool,
-    Projection,
-    TokenPool,
-    ViTSpec,
+from ...spec import GridTable, Head, Patches, PrefixPool, Projection, ViTSpec
+from .common import TWO_HEADS, ratio
+from .timm_common import (
+    ACTS,
+    POOLS,
+    STEM,
+    first_layer,
+    head_of,
+    mlp_of,
+    norm_of,
+    pool_args,
+    size_args,
+    spec_of,
+    table_of,
+    timm_family,
 )
-from .common import BATCHED, HALF_EACH, MEAN_OF_BOTH, TWO_HEADS, TWO_TOKENS
-from .timm_common import timm_family
-from .timm_eva import mlp_rules, norm_of, pool_rules, ratio
-
-POOLS = {"token": TokenPool(), "avg": MeanPool(), "max": MaxPool(), "avgmax": MeanMaxPool()}
-ACTS = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "quick_gelu": "quick_gelu", "silu": "silu", "relu": "relu"}
 
 
 # ------------------------------------------------------------------------------------- module to spec
@@ -45,14 +41,12 @@ def to_spec(model: nn.Module, where: str) -> ViTSpec:
     if patches.dynamic_img_pad:
         raise InputError(f"{where}: dynamic_img_pad is not supported")
     prefix = table is not None and not model.no_embed_class
-    return ViTSpec(
+    return spec_of(
+        model, lambda block: layer_of(block, where), where,
         image=tuple(patches.img_size), cls=model.num_prefix_tokens - model.num_reg_tokens,
         registers=model.num_reg_tokens, positions=None if table is None else GridTable(prefix=prefix),
         patches=Patches(size=tuple(patches.patch_size), channels=model.in_chans, bias=patches.proj.bias is not None),
-        pre_norm=norm_of(model.norm_pre, where), patch_dropout=getattr(model.patch_drop, "prob", 0.0),
-        stack=Stack(dim=model.embed_dim, layers=tuple(layer_of(block, where) for block in model.blocks),
-                    final_norm=norm_of(model.norm, where)),
-        head=head_of(model, where))
+        head=distilled_head(model) if hasattr(model, "head_dist") else head_of(model, where, POOLS))
 
 
 def layer_of(block: nn.Module, where: str) -> Layer:
@@ -73,77 +67,31 @@ def layer_of(block: nn.Module, where: str) -> Layer:
                  drop_path=getattr(block.drop_path1, "drop_prob", 0.0), dropout=attn.proj_drop.p)
 
 
-def mlp_of(mlp: nn.Module, where: str) -> Mlp:
-    from timm.layers import GluMlp
-
-    gated = isinstance(mlp, GluMlp)
-    if gated and mlp.gate_last:
-        raise InputError(f"{where}: an MLP whose second half is the gate is not supported")
-    return Mlp(hidden=mlp.fc2.in_features, act=act_of(mlp.act, where), gated=gated, up_bias=mlp.fc1.bias is not None,
-               down_bias=mlp.fc2.bias is not None, inner_norm=norm_of(mlp.norm, where), dropout=mlp.drop1.p)
+def distilled_head(model: nn.Module) -> Head:
+    """A class token and a distillation token, with a classifier each where there are classes."""
+    two = Projection(dim=model.num_classes, bias=True) if isinstance(model.head_dist, nn.Linear) else None
+    return Head(pool=TWO_HEADS if two else PrefixPool(tokens=2), proj=two)
 
 
-def act_of(act: nn.Module, where: str) -> str:
-    named = {"GELU": "gelu", "GELUTanh": "gelu_tanh", "QuickGELU": "quick_gelu", "SiLU": "silu", "ReLU": "relu"}
-    name = type(act).__name__
-    if name not in named:
-        raise InputError(f"{where}: the activation {name} is not supported")
-    return "gelu_tanh" if getattr(act, "approximate", "none") == "tanh" else named[name]
-
-
-def head_of(model: nn.Module, where: str) -> Head:
-    classifier = getattr(model, "head_dist", None)
-    if classifier is not None:
-        two = Projection(dim=model.num_classes, bias=True) if isinstance(classifier, nn.Linear) else None
-        return Head(pool=TWO_HEADS if two else PrefixPool(tokens=2), proj=two)
-    proj = Projection(dim=model.head.out_features, bias=True) if isinstance(model.head, nn.Linear) else None
-    return Head(pool=pool_of(model, where), norm=norm_of(model.fc_norm, where), proj=proj)
-
-
-def pool_of(model: nn.Module, where: str) -> Pool:
-    pool = model.attn_pool
-    if pool is not None:
-        return ProbePool(heads=pool.num_heads, mlp=mlp_of(pool.mlp, where), norm=norm_of(pool.norm, where),
-                         prefix=model.pool_include_prefix or not model.num_prefix_tokens)
-    if model.global_pool not in POOLS:
-        raise InputError(f"{where}: global_pool should be map, {' or '.join(POOLS)}, not {model.global_pool!r}")
-    if model.pool_include_prefix and model.global_pool != "token":
-        return type(POOLS[model.global_pool])(prefix=True)
-    return POOLS[model.global_pool]
-
-
-# -------------------------------------------------------------------------------------------- weights
+# ------------------------------------------------------------------------------------- weights
 def table(spec: ViTSpec, names: Iterable[str]) -> Table:
-    two = spec.head.pool == TWO_HEADS
-    heads = [rule(("head.weight", "head_dist.weight"), "head.proj.weight", HALF_EACH),
-             rule(("head.bias", "head_dist.bias"), "head.proj.bias", MEAN_OF_BOTH)] if two else []
-    first = rule(("cls_token", "dist_token"), "cls", TWO_TOKENS) if spec.cls == 2 else rule("cls_token", "cls", BATCHED)
-    return Table((
-        rule("patch_embed.proj.{x}", "patchify.{x}"), first, rule("reg_token", "registers", BATCHED),
-        rule("pos_embed", "positions.weight", BATCHED),
-        rule("norm_pre.{x}", "pre_norm.{x}"), rule("norm.{x}", "stack.final_norm.{x}"),
-        rule("fc_norm.{x}", "head.norm.{x}"), *(heads or [rule("head.{x}", "head.proj.{x}")]),
-        *block_rules(spec.stack.layers[0]), *pool_rules()), {"mask_token": "of pretraining only"})
-
-
-def block_rules(layer: Layer) -> list[Rule]:
-    t, o = "blocks.{n}.", "stack.blocks.{n}."
-    return [
-        rule(t + "norm1.{x}", o + "mixer_norm.{x}"), rule(t + "norm2.{x}", o + "mlp_norm.{x}"),
-        rule(t + "attn.qkv.{x}", o + "mixer.qkv.{x}"), rule(t + "attn.proj.{x}", o + "mixer.out.{x}"),
-        *(rule(f"{t}attn.{part}_norm.{{x}}", f"{o}mixer.{part}_norm.{{x}}") for part in "qk"),
-        rule(t + "ls1.gamma", o + "mixer_scale"), rule(t + "ls2.gamma", o + "mlp_scale"), *mlp_rules(layer.mlp, False)]
+    rows = dict(STEM)
+    if spec.cls == 2:
+        rows |= {"cls_token": "", "[cls_token dist_token]": "cls | two tokens"}
+    if spec.head.pool == TWO_HEADS:
+        rows |= {"[head head_dist].weight": "head.proj.weight | half each",
+                 "[head head_dist].bias": "head.proj.bias | mean of both"}
+    return table_of(spec, names, rows)
 
 
 # ------------------------------------------------------------------------------------- spec to module
 def to_model(spec: ViTSpec) -> tuple[str, dict[str, Any]]:
     """An architecture, and the arguments that replace everything about it but its norm and its kind of MLP. Raises
     InputError for what timm's VisionTransformer has no arguments for."""
-    layer = next(iter(spec.stack.layers), None)
-    if layer is None or layer.mlp is None or not isinstance(layer.mixer, Attention) or layer.mixer.rope:
-        raise InputError("timm's VisionTransformer holds layers of attention without rope, and MLP")
-    args = stem_args(spec) | layer_args(layer, spec.stack.dim) | pool_args(spec)
-    return architecture(spec, layer), args
+    layer = first_layer(spec, "VisionTransformer")
+    if layer.mixer.rope:
+        raise InputError("timm's VisionTransformer holds layers of attention without rope")
+    return architecture(spec, layer), stem_args(spec) | layer_args(layer, spec.stack.dim) | head_args(spec)
 
 
 def architecture(spec: ViTSpec, layer: Layer) -> str:
@@ -158,11 +106,10 @@ def architecture(spec: ViTSpec, layer: Layer) -> str:
 
 
 def stem_args(spec: ViTSpec) -> dict[str, Any]:
-    table, proj = spec.positions, spec.head.proj
-    args = {"img_size": list(spec.image), "patch_size": list(spec.patches.size), "in_chans": spec.patches.channels,
-            "embed_dim": spec.stack.dim, "depth": len(spec.stack.layers), "num_classes": proj.dim if proj else 0,
-            "reg_tokens": spec.registers, "pre_norm": spec.pre_norm is not None, "dynamic_img_size": True,
-            "no_embed_class": table is not None and not table.prefix, "pos_embed": "learn" if table else "none"}
+    table = spec.positions
+    args = {**size_args(spec), "reg_tokens": spec.registers, "pre_norm": spec.pre_norm is not None,
+            "dynamic_img_size": True, "no_embed_class": table is not None and not table.prefix,
+            "pos_embed": "learn" if table else "none"}
     return args if spec.cls == 2 else args | {
         "class_token": spec.cls == 1, "fc_norm": spec.head.norm is not None,
         "final_norm": spec.stack.final_norm is not None or spec.head.norm is not None}
@@ -177,15 +124,15 @@ def layer_args(layer: Layer, dim: int) -> dict[str, Any]:
             "init_values": layer.layer_scale}
 
 
-def pool_args(spec: ViTSpec) -> dict[str, Any]:
+def head_args(spec: ViTSpec) -> dict[str, Any]:
+    """The pool of the head; VisionTransformer takes the size of an attention pool from the trunk."""
     pool = spec.head.pool
     if isinstance(pool, PrefixPool):
         return {"global_pool": "token"}
-    names = {TokenPool: "token", MeanPool: "avg", MaxPool: "max", MeanMaxPool: "avgmax", ProbePool: "map"}
-    if type(pool) not in names or pool == TokenPool(index=-1):
-        raise InputError(f"timm's VisionTransformer has no pool like {pool}")
-    inside = getattr(pool, "prefix", False) and spec.cls + spec.registers > 0
-    return {"global_pool": names[type(pool)], **({"pool_include_prefix": True} if inside else {})}
+    inside = getattr(pool, "prefix", False)
+    known = {name: type(kept)(prefix=inside) if hasattr(kept, "prefix") else kept for name, kept in POOLS.items()}
+    given = {"global_pool": pool_args(spec, "VisionTransformer", known)["global_pool"]}
+    return given | ({"pool_include_prefix": True} if inside and spec.cls + spec.registers > 0 else {})
 
 
 def kind() -> type:
