@@ -165,7 +165,7 @@ def test_older_names_of_codebooks(tmp_path):
 
 
 def test_names_and_sizes_of_the_official_file():
-    from mm.codecs.families.kyutai import OFFICIAL, table
+    from mm.codecs.families.mimi import OFFICIAL, table
 
     with torch.device("meta"):
         model = Mimi(OFFICIAL)

@@ -159,8 +159,8 @@ EVA_SCALES = {"gamma_1": "mixer_scale", "gamma_2": "mlp_scale"}
 
 
 def table_of(spec: ViTSpec, names: Iterable[str], stem: Mapping[str, str], **changes: Any) -> Table:
-    """The rows of `stem`, of every block and of the head. `names`, those on disk, show how LayerScale is called and which
-    projections are fused or split; `changes` are further transforms."""
+    """The rows of `stem`, of every block and of the head. `names`, those on disk, show how LayerScale is called and
+    what is fused or split; `changes` are further transforms."""
     names, layer = set(names), spec.stack.layers[0]
     scales = SCALES if any(".ls1." in name for name in names) else EVA_SCALES
     block = BLOCK | scales | qkv_rows(layer.mixer, any(".attn.q_proj." in name for name in names)) | up_rows(

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mm.codecs import Mimi
-from mm.codecs.families.kyutai import OFFICIAL
+from mm.codecs.families.mimi import OFFICIAL
 from mm.recipes.cli import main
 from mm.recipes.commands.info_codec import codec_facts, count_parameters
 
